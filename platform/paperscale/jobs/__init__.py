@@ -1,0 +1,1 @@
+"""Runs and the jobs that carry them: the run's directory, cluster profiles, submission, life of an attempt."""

@@ -1,0 +1,138 @@
+"""Finding recipes, reading what their headers say, and turning a command line into a recipe plus overrides.
+
+Imports neither torch nor Lightning: listing recipes must be instant.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from paperscale import assets
+from paperscale.errors import UserError, nearest
+
+HEADER_FIELDS = ("run", "needs", "paper", "measured")
+_OVERRIDE = re.compile(r"^-{0,2}([A-Za-z_][\w.]*)=(.*)$", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class RecipeHeader:
+    """The comment that opens a recipe.
+
+    Attributes:
+        path: the recipe.
+        title: model and data set.
+        source: paper and section.
+        fields: ``run``, ``needs``, ``paper`` (the paper's number), ``measured`` (ours).
+        dataset: the folder of shards the recipe trains on.
+    """
+
+    path: Path
+    title: str
+    source: str
+    fields: dict[str, str]
+    dataset: str
+
+    @property
+    def name(self) -> str:
+        """Return what the recipe is called on the command line."""
+        return self.path.stem
+
+
+def all_recipes() -> dict[str, Path]:
+    """Return every recipe by name: those that ship with Paperscale, then ``./recipes`` of the user's project."""
+    folders = [assets.recipes_dir(), Path("recipes").resolve()]
+    return {path.stem: path for folder in folders for path in sorted(folder.rglob("*.yaml"))}
+
+
+def find(name: str) -> Path:
+    """Return the recipe called ``name``, or the file of that path.
+
+    Raises:
+        UserError: there is none; suggests the nearest name.
+    """
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        path = Path(name)
+        if not path.is_file():
+            raise UserError(f"no recipe file {name}; `paperscale recipes` lists those that can be named")
+        return path
+    known = all_recipes()
+    if name not in known:
+        raise UserError(f"no recipe '{name}'{nearest(name, known)}; `paperscale recipes` lists them all")
+    return known[name]
+
+
+def header(path: Path) -> RecipeHeader:
+    """Parse the comment that opens a recipe.
+
+    Raises:
+        UserError: the first line or a field is missing.
+    """
+    comment = []
+    for line in path.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        comment.append(line.lstrip("# ").rstrip())
+    if not comment:
+        raise UserError(f"{path}: opens without a header; begin with '# TITLE    PAPER' as CONTRIBUTING.md shows")
+    title, _, source = re.sub(r" {2,}", "\t", comment[0]).partition("\t")
+    fields: dict[str, str] = {}
+    for line in comment[1:]:
+        name, _, text = line.partition(" ")
+        if name in HEADER_FIELDS:
+            fields[name] = text.strip()
+    missing = [name for name in HEADER_FIELDS if name not in fields]
+    if missing:
+        raise UserError(f"{path}: the header lacks {', '.join(missing)}; CONTRIBUTING.md shows all fields")
+    data = read(path).get("data", {}).get("init_args", {})
+    return RecipeHeader(path, title, source, fields, data.get("path", ""))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return a recipe's content.
+
+    Raises:
+        UserError: it is not valid YAML.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a recipe is a mapping with model, data and trainer")
+    return content
+
+
+@dataclass(frozen=True)
+class RecipeArguments:
+    """A recipe, the overlays merged over it, and the values set on the command line, in order."""
+
+    recipe: Path
+    overlays: tuple[Path, ...] = ()
+    overrides: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def parse(cls, words: list[str]) -> RecipeArguments:
+        """Read ``RECIPE [OVERLAY ...] [key=value ...]``.
+
+        Raises:
+            UserError: there is no recipe, or a name or file does not exist.
+        """
+        paths, overrides = [], []
+        for word in words:
+            if match := _OVERRIDE.match(word):
+                overrides.append((match[1], match[2]))
+            else:
+                paths.append(find(word))
+        if not paths:
+            raise UserError("name a recipe, for example `resnet20-mnist`; `paperscale recipes` lists them")
+        return cls(paths[0], tuple(paths[1:]), tuple(overrides))
+
+    def to_cli(self) -> list[str]:
+        """Return the arguments for Lightning's command line."""
+        configs = [f"--config={path}" for path in (self.recipe, *self.overlays)]
+        return configs + [f"--{key}={value}" for key, value in self.overrides]

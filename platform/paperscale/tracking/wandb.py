@@ -1,0 +1,132 @@
+"""Logging to Weights & Biases and to ``metrics.jsonl``.
+
+W&B's service is a process of its own: a scheduler's signal ends it together with the ranks, what it had not yet
+written is lost, and every later call raises. So it is made to write every second, its errors are kept out of the
+training, and each row also goes to ``metrics.jsonl`` in the run's directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import string
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+_FLUSH = "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL"
+
+
+def new_id() -> str:
+    """Return an identity for a W&B run: fixed once, when a run is created, before anything can crash."""
+    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
+
+
+def is_online() -> bool:
+    """Return whether a key is configured and the mode does not forbid its use."""
+    if os.environ.get("WANDB_MODE", "online") != "online":
+        return False
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    with contextlib.suppress(OSError):
+        return "machine api.wandb.ai" in (Path.home() / ".netrc").read_text()
+    return False
+
+
+class GuardedWandbLogger(WandbLogger):
+    """Lightning's W&B logger that stops logging, and says so once, where W&B fails.
+
+    Args:
+        run_dir: the run's directory; W&B's files go to ``wandb/`` in it.
+        name: the run's name.
+        run_id: the W&B id, the same in every attempt.
+        options: ``project``, ``entity``, ``tags`` and ``config`` of the W&B run.
+        say: prints a line.
+    """
+
+    def __init__(self, run_dir: Path, name: str, run_id: str, say: Callable[[str], None], **options: Any):
+        os.environ.setdefault(_FLUSH, "1")
+        os.environ.setdefault("WANDB_SILENT", "true")
+        online = is_online()
+        super().__init__(
+            name=name, id=run_id, save_dir=run_dir, offline=not online, resume="allow" if online else None, **options
+        )
+        self.say = say
+        self.lost = False
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Keep W&B's errors out of the training."""
+        try:
+            yield
+        except Exception as error:  # whatever it is, it is not worth the training
+            if not self.lost:
+                self.say(f"WARNING W&B stopped ({type(error).__name__}: {error}); metrics go on in metrics.jsonl")
+            self.lost = True
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Log a row, unless W&B was lost."""
+        if not self.lost:
+            with self.guarded():
+                super().log_metrics(metrics, step)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
+        """Log the hyperparameters, unless W&B was lost."""
+        if not self.lost:
+            with self.guarded():
+                super().log_hyperparams(params)
+
+    @rank_zero_only
+    def finish(self, exit_code: int) -> None:
+        """End this segment of the run; waits until it is written."""
+        if self._experiment is not None and not self.lost:
+            with self.guarded():
+                self._experiment.finish(exit_code=exit_code)
+
+
+class JsonlLogger(Logger):
+    """Appends each row of metrics to ``metrics.jsonl``; the truth where W&B lost some."""
+
+    def __init__(self, path: Path, attempt: int):
+        super().__init__()
+        self.path, self.attempt = path, attempt
+
+    @property
+    def name(self) -> str:
+        """Return the logger's name."""
+        return "jsonl"
+
+    @property
+    def version(self) -> int:
+        """Return the attempt."""
+        return self.attempt
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The resolved recipe beside the file says it all."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append a row."""
+        row = {"step": step, "attempt": self.attempt, **metrics}
+        with contextlib.suppress(OSError), self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of ``metrics.jsonl`` with each step once: the last attempt's, where a step was repeated."""
+    rows: dict[tuple[int, tuple[str, ...]], dict[str, Any]] = {}
+    if path.exists():
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # the last line of a killed attempt may be cut
+                row = json.loads(line)
+                rows[(row["step"], tuple(sorted(row)))] = row
+    return list(rows.values())

@@ -1,0 +1,144 @@
+"""A recipe, resolved by Lightning's own command line into a Trainer, a LightningModule and a DataModule."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jsonargparse import ArgumentError
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from paperscale.errors import UserError, nearest
+from paperscale.training.checkpoint import CheckpointOptions
+
+
+@dataclass
+class TrackingOptions:
+    """Where the run is tracked in Weights & Biases.
+
+    Attributes:
+        project: of the W&B run.
+        entity: team or user; by default W&B's own default.
+        tags: of the W&B run.
+        enabled: ``False`` writes the local ``metrics.jsonl`` only.
+    """
+
+    project: str = "paperscale"
+    entity: str | None = None
+    tags: tuple[str, ...] = ()
+    enabled: bool = True
+
+
+class RecipeCLI(LightningCLI):
+    """Lightning's command line with a recipe's two further sections, ``checkpoint`` and ``tracking``.
+
+    Args:
+        args: ``--config=...`` and ``--key=value``.
+        build: whether to make the objects; without it only the configuration is resolved and checked.
+
+    Raises:
+        UserError: a key, a class or a value is wrong; suggests the nearest right one.
+    """
+
+    def __init__(self, args: list[str], build: bool = True):
+        self.build = build
+        super().__init__(
+            args=args,
+            run=False,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            trainer_defaults={"num_sanity_val_steps": 0},
+            parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the sections of our own."""
+        parser.add_class_arguments(CheckpointOptions, "checkpoint")
+        parser.add_class_arguments(TrackingOptions, "tracking")
+        parser.add_argument("--test_after_fit", type=bool, default=True, help="score the test split at the end")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Resolve the configuration."""
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise UserError(self._where(args, explain(str(error), parser))) from error
+
+    @staticmethod
+    def _where(args: list[str], message: str) -> str:
+        """Put the recipe files before a message about a key that was not set on the command line."""
+        files = [arg.removeprefix("--config=") for arg in args if arg.startswith("--config=")]
+        set_here = [arg[2:].partition("=")[0].rsplit(".", 1)[-1] for arg in args if not arg.startswith("--config=")]
+        subject = re.split(r"[:;]| of ", message)[0]
+        return message if any(key in subject for key in set_here) else f"{', '.join(files)}: {message}"
+
+    def instantiate_classes(self) -> None:
+        """Make the DataModule and the model; the Trainer is made by :meth:`trainer_for`."""
+        if not self.build:
+            return
+        self.config_init = self.parser.instantiate_classes(self.config)
+        self.datamodule: LightningDataModule = self._get(self.config_init, "data")
+        self.model: LightningModule = self._get(self.config_init, "model")
+
+    def trainer_for(self, **settings: Any) -> Trainer:
+        """Return the recipe's Trainer with settings of the job, which win over the recipe's."""
+        config = {**self._get(self.config_init, "trainer", default={}), **settings}
+        if "callbacks" in settings:
+            config["callbacks"] = [*(self._get(self.config_init, "trainer.callbacks") or []), *settings["callbacks"]]
+        return Trainer(**config)
+
+    def resolved(self) -> str:
+        """Return the whole configuration as YAML."""
+        return self.parser.dump(self.config, skip_link_targets=False)
+
+
+def explain(message: str, parser: LightningArgumentParser) -> str:
+    """Turn a parser's complaint into one line that names the key and the nearest right one."""
+    if found := re.search(r"[Uu]nrecognized arguments: --([\w.]+)", message):
+        return _unknown(found[1], known_keys(parser))
+    if found := re.search(r"Key ['\"]([\w.]+)['\"] is not expected", message):
+        return _unknown(found[1], known_keys(parser))
+    classes = re.findall(r"Problem with given class_path '([\w.]+)'", message)
+    if found := re.search(r"(?:Option|Key|Group key) '([\w.]+)' is not (?:accepted|expected)", message):
+        return _unknown(found[1], _parameters(classes[-1]) if classes else known_keys(parser), classes[-1:])
+    if found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
+        module = importlib.import_module(found[1])
+        return f"no class '{found[2]}' in {found[1]}{nearest(found[2], vars(module))}"
+    keys = re.findall(r"Parser key ['\"]([\w.]+)['\"]", message)
+    expected = re.findall(r"Expected an? (<class '[\w.]+'>|[\w \[\],]+)", message)
+    given = re.findall(r"Given value: (.+)", message)
+    if keys and expected and given:
+        kinds = dict.fromkeys(kind.removeprefix("<class '").removesuffix("'>") for kind in expected)
+        return f"{keys[-1]}: expected {' or '.join(kinds)}, got {_plain(given[-1])}"
+    return " ".join(message.split())[:400]
+
+
+def _unknown(key: str, known: Iterable[str], owner: Sequence[str] = ()) -> str:
+    known = sorted(set(known))
+    of = f" of {owner[0].rsplit('.', 1)[-1]}, which takes {', '.join(known)}" if owner else ""
+    return f"unknown key '{key}'{of}{nearest(key, known)}"
+
+
+def _plain(value: str) -> str:
+    nested = re.match(r"NestedArg\(key='(.*)', val='(.*)'\)", value)
+    return f"{nested[1]}={nested[2]}" if nested else f"'{value}'"
+
+
+def _parameters(class_path: str) -> list[str]:
+    """Return the names that a class's constructor takes."""
+    module, _, name = class_path.rpartition(".")
+    constructor = getattr(importlib.import_module(module), name).__init__
+    return [name for name in inspect.signature(constructor).parameters if name != "self"]
+
+
+def known_keys(parser: LightningArgumentParser) -> Iterator[str]:
+    """Yield every key that the parser knows."""
+    for action in parser._actions:
+        if action.dest not in ("help", "config", "print_config"):
+            yield action.dest
