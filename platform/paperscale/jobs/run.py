@@ -202,6 +202,18 @@ def check_name(name: str) -> str:
     return name
 
 
+def refuse_taken(name: str) -> None:
+    """Check a name that the user has chosen for a new run.
+
+    Raises:
+        UserError: it cannot be a run's name, or is taken.
+    """
+    if (path := runs_dir() / check_name(name)).exists():
+        raise UserError(
+            f"run '{name}' exists at {path}; continue it with `paperscale resume {name}`, or choose another --name"
+        )
+
+
 def create(info: RunInfo, recipe: str) -> Run:
     """Make the directory of a new run.
 
@@ -211,11 +223,8 @@ def create(info: RunInfo, recipe: str) -> Run:
     run = Run(runs_dir() / check_name(info.name))
     try:
         run.path.mkdir(parents=True)
-    except FileExistsError as error:
-        raise UserError(
-            f"run '{info.name}' exists at {run.path}; continue it with `paperscale resume {info.name}`, or choose "
-            "another --name"
-        ) from error
+    except FileExistsError:
+        refuse_taken(info.name)
     except OSError as error:
         raise UserError(f"cannot make {run.path}: {error.strerror}; set PAPERSCALE_RUNS to another folder") from error
     (run.path / "attempts").mkdir()

@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
-import string
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,11 +19,6 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 _FLUSH = "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL"
-
-
-def new_id() -> str:
-    """Return an identity for a W&B run: fixed once, when a run is created, before anything can crash."""
-    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
 
 
 def is_online() -> bool:

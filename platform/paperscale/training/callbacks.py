@@ -148,8 +148,11 @@ class Checkpointing(Checkpoint):
         every = self.options.every_n_steps
         if self._stopping or (every and step % every == 0):
             self.save(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Stop before the next batch, once the last one's metrics are logged."""
         if self._stopping:
-            raise Interrupted
+            raise Interrupted(self.agreement.reason)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checkpoint at the end of an epoch, after validation."""
@@ -157,9 +160,9 @@ class Checkpointing(Checkpoint):
             self.save(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop between epochs, once the finished one is logged."""
+        """Stop between epochs, once the finished one's metrics are logged."""
         if self._stopping:
-            raise Interrupted
+            raise Interrupted(self.agreement.reason)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make sure that the finished state is kept."""
@@ -201,7 +204,7 @@ class Checkpointing(Checkpoint):
         except OSError as failure:
             error = failure
         trainer.strategy.barrier("checkpoint folder")
-        trainer.save_checkpoint(partial / "state.pt")
+        trainer.save_checkpoint(partial / "state.pt", weights_only=False)
         try:
             own = {"random": random_state(), "metrics": metric_state(trainer.lightning_module)}
             save_durably(own, partial / rank_file(trainer.global_rank))

@@ -34,23 +34,28 @@ class StopAgreement:
         self.store = store
         self.run_ahead = RUN_AHEAD if on_gpu else 0
         self.stop_at: int | None = None
+        self.reason = ""
         self._boundaries: deque[torch.cuda.Event] = deque()
 
     def reached(self, step: int) -> bool:
         """Return whether to stop at the boundary after ``step`` optimizer steps. Call at every boundary."""
         if self.run_ahead:
             self._bound_run_ahead()
-        if self.stop_at is None:
-            self.stop_at = self._proposed(step)
+        if self.stop_at is None and (proposal := self._proposal(step)):
+            at, _, self.reason = proposal.partition(" ")
+            self.stop_at = int(at)
         return self.stop_at is not None and step >= self.stop_at
 
-    def _proposed(self, step: int) -> int | None:
-        if self.store is None:
-            return step if signals.received else None
+    def _proposal(self, step: int) -> str | None:
+        """Return ``"<step> <reason>"`` of the first rank that was told to stop, if one was."""
         if signals.received:
-            first = self.store.compare_set(_KEY, "", str(step + 1 + self.run_ahead))
-            return int(first)
-        return int(self.store.get(_KEY)) if self.store.check([_KEY]) else None
+            if self.store is None:
+                return f"{step} {signals.received.name}"
+            mine = f"{step + 1 + self.run_ahead} {signals.received.name} to rank {torch.distributed.get_rank()}"
+            return self.store.compare_set(_KEY, "", mine).decode()
+        if self.store is not None and self.store.check([_KEY]):
+            return self.store.get(_KEY).decode()
+        return None
 
     def _bound_run_ahead(self) -> None:
         event = torch.cuda.Event()

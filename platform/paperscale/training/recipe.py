@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from paperscale.errors import UserError, nearest
 from paperscale.training.checkpoint import CheckpointOptions
+from paperscale.training.quiet import quiet_libraries
 
 
 @dataclass
@@ -47,6 +48,7 @@ class RecipeCLI(LightningCLI):
 
     def __init__(self, args: list[str], build: bool = True):
         self.build = build
+        quiet_libraries()
         super().__init__(
             args=args,
             run=False,

@@ -1,0 +1,508 @@
+"""The command line: thin, and quick to answer because each command imports what it needs when it runs."""
+
+# PYTHON_ARGCOMPLETE_OK
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from paperscale import __version__
+from paperscale.errors import FAILED, FINISHED, USER_ERROR, UserError, nearest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from paperscale.jobs.run import Run
+
+Command = Callable[[argparse.Namespace], int]
+_WIDE = 180  # columns of a terminal that hold the table of recipes
+_OPEN_ENDED = ("fit", "validate", "test", "predict", "submit")  # take a recipe's keys as options
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors suggest the nearest right name."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a one-line error."""
+        hint = ""
+        words = message.replace(",", " ").replace("'", " ").split()
+        if message.startswith("unrecognized arguments"):
+            known = [option for action in self._actions for option in action.option_strings]
+            hint = nearest(words[2], known)
+        elif "invalid choice" in message:
+            at = words.index("choice:")
+            hint = nearest(words[at + 1], [word.strip("()") for word in words[at + 2 :]])
+        raise UserError(f"{message.split(' (choose')[0]}{hint}; see `{self.prog} --help`")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; return its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        parser = build_parser()
+        if "_ARGCOMPLETE" in os.environ:
+            import argcomplete
+
+            argcomplete.autocomplete(parser, always_complete_options="long")
+        parsed = _parse(parser, words)
+        return parsed.run(parsed)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except BrokenPipeError:  # the reader of a pipe has left, as `| head` does
+        sys.stderr.close()
+        return FINISHED
+    except KeyboardInterrupt:
+        return 128 + 2
+
+
+def _parse(parser: Parser, words: list[str]) -> argparse.Namespace:
+    """Parse; a recipe's keys may be written as options anywhere (``--trainer.max_epochs 1``)."""
+    if words and words[0] in _OPEN_ENDED:
+        own = _subparser(parser, words[0])._option_string_actions
+        words = [words[0], *_keys_as_words(words[1:], set(own))]
+        command = _subparser(parser, words[0])
+        namespace = command.parse_intermixed_args(words[1:])
+        namespace.words = words
+        return namespace
+    namespace = parser.parse_args(words)
+    namespace.words = words
+    return namespace
+
+
+def _subparser(parser: Parser, name: str) -> Parser:
+    action = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    return action.choices[name]
+
+
+def _keys_as_words(words: list[str], own: set[str]) -> list[str]:
+    """Turn options that are not the command's own, ``--key value`` or ``--key=value``, into ``key=value``."""
+    turned, rest = [], iter(words)
+    for word in rest:
+        if not word.startswith("--") or word.partition("=")[0] in own:
+            turned.append(word)
+            continue
+        key, equals, value = word[2:].partition("=")
+        if "." not in key and (hint := nearest(f"--{key}", own)):
+            raise UserError(f"unknown option --{key}{hint}")
+        if not equals:
+            value = next(rest, "true")
+            if value.startswith("--"):
+                raise UserError(f"--{key} needs a value: write {key}=VALUE{nearest(f'--{key}', own)}")
+        turned.append(f"{key}={value}")
+    return turned
+
+
+# -- the parser --------------------------------------------------------------------------------------------
+
+
+def build_parser() -> Parser:
+    """Return the parser of all commands."""
+    parser = Parser(prog="paperscale", description="Train papers on a cluster, and on this machine.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"paperscale {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
+
+    def add(name: str, run: Command, help: str) -> Parser:
+        command = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False)
+        command.set_defaults(run=run)
+        return command
+
+    _add_training(add)
+    _add_jobs(add)
+    _add_others(add)
+    return parser
+
+
+def _add_training(add: Callable[[str, Command, str], Parser]) -> None:
+    keys = "RECIPE [OVERLAY ...] [key=value ...]"
+    fit = add("fit", run_fit, "train a recipe here, in the foreground")
+    _recipe_argument(fit, f"{keys}; every key of --print_config can be set, also as --key value")
+    fit.add_argument("--name", help="name of the run (default: the recipe's)")
+    fit.add_argument("--print_config", action="store_true", help="print the resolved configuration and exit")
+    for name, what in (("validate", "score the validation split"), ("test", "score the test split")):
+        _recipe_argument(_checkpoint_option(add(name, run_evaluate, f"{what} with a run's checkpoint")), f"RUN or {keys}")
+    predict = add("predict", run_evaluate, "write the predictions of a run's checkpoint for the test split")
+    _recipe_argument(_checkpoint_option(predict), f"RUN or {keys}")
+    submit = add("submit", run_submit, "submit a recipe to a cluster")
+    _recipe_argument(submit, keys)
+    _shape_options(submit)
+    submit.add_argument("--cluster", default="local", help="profile of the cluster (default: local)").completer = (  # type: ignore[attr-defined]
+        _complete_clusters
+    )
+    submit.add_argument("--name", help="name of the run (default: the recipe's)")
+    submit.add_argument("--dry-run", action="store_true", help="print the job script; submit nothing")
+
+
+def _checkpoint_option(parser: Parser) -> Parser:
+    parser.add_argument("--checkpoint", type=Path, help="folder of a checkpoint (default: the run's newest that verifies)")
+    return parser
+
+
+def _recipe_argument(parser: Parser, help: str) -> None:
+    parser.add_argument("recipe", nargs="+", metavar="RECIPE", help=help).completer = _complete_recipes  # type: ignore[attr-defined]
+
+
+def _shape_options(parser: Parser) -> None:
+    parser.add_argument("--nodes", type=_positive, help="nodes (default: the profile's)")
+    parser.add_argument("--procs-per-node", type=_positive, help="processes on each node (default: one per GPU)")
+    parser.add_argument("--gpus-per-node", type=_positive, help="GPUs of each node")
+    parser.add_argument("--time", help="time limit of an attempt, such as 02:30:00")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _add_jobs(add: Callable[[str, Command, str], Parser]) -> None:
+    resume = add("resume", run_resume, "continue a run that was stopped, on the same or another number of nodes")
+    _run_argument(resume)
+    _shape_options(resume)
+    runs = add("runs", run_runs, "list the runs")
+    runs.add_argument("--json", action="store_true", help="print JSON")
+    status = add("status", run_status, "show what a run is doing")
+    _run_argument(status)
+    status.add_argument("--json", action="store_true", help="print JSON")
+    logs = add("logs", run_logs, "print a run's log")
+    _run_argument(logs)
+    logs.add_argument("-f", "--follow", action="store_true", help="go on as it grows, into later attempts")
+    logs.add_argument("--rank", type=int, default=0, help="rank (default: 0)")
+    logs.add_argument("--attempt", type=_positive, help="attempt (default: the last)")
+    _run_argument(add("cancel", run_cancel, "end a run for good"))
+    drill = add("drill", run_drill, "make a fault happen to a running job, to see it recover")
+    _run_argument(drill)
+    drill.add_argument("fault", choices=["preempt"], help="preempt: the signal that a scheduler sends before it takes the nodes")
+
+
+def _run_argument(parser: Parser) -> None:
+    parser.add_argument("run_name", metavar="RUN", help="name of a run, or its path").completer = _complete_runs  # type: ignore[attr-defined]
+
+
+def _add_others(add: Callable[[str, Command, str], Parser]) -> None:
+    recipes = add("recipes", run_recipes, "list the recipes, the papers' numbers and ours")
+    recipes.add_argument("--json", action="store_true", help="print JSON")
+    data = add("data", lambda _: FAILED, "prepare and check shards")
+    actions = data.add_subparsers(title="actions", metavar="ACTION", required=True, parser_class=Parser)
+    prepare = actions.add_parser("prepare", help="fetch a data set and write its shards", allow_abbrev=False)
+    prepare.add_argument("dataset", metavar="NAME", help="mnist or fashion-mnist")
+    prepare.add_argument("--out", type=Path, help="folder of the set (default: data/NAME)")
+    prepare.set_defaults(run=run_prepare)
+    for name, what in (("verify", "check every shard against its hash"), ("info", "say what a set holds")):
+        action = actions.add_parser(name, help=what, allow_abbrev=False)
+        action.add_argument("folder", metavar="DIR", type=Path)
+        action.set_defaults(run=run_verify if name == "verify" else run_info)
+    doctor = add("doctor", run_doctor, "check this machine and its cluster, each finding with its fix")
+    doctor.add_argument("--cluster", help="profile that must work").completer = _complete_clusters  # type: ignore[attr-defined]
+    doctor.add_argument("--data", type=Path, help="set of shards to verify")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    demo = add("demo", run_demo, "see it all: prepare MNIST, submit, interrupt, resume, finish")
+    demo.add_argument("--cluster", default="local", help="local, or the profile of a SLURM cluster")
+    completion = add("completion", run_completion, "print the shell's completion script: eval \"$(paperscale completion bash)\"")
+    completion.add_argument("shell", choices=["bash", "zsh", "fish"])
+
+
+def _complete_recipes(prefix: str, **_: Any) -> list[str]:
+    from paperscale.jobs.run import all_runs
+    from paperscale.recipes import all_recipes
+
+    return [*all_recipes(), *(run.name for run in all_runs())]
+
+
+def _complete_runs(prefix: str, **_: Any) -> list[str]:
+    from paperscale.jobs.run import all_runs
+
+    return [run.name for run in all_runs()]
+
+
+def _complete_clusters(prefix: str, **_: Any) -> list[str]:
+    from paperscale.jobs.profile import all_profiles
+
+    return list(all_profiles())
+
+
+# -- training ----------------------------------------------------------------------------------------------
+
+
+def run_fit(args: argparse.Namespace) -> int:
+    """Train here."""
+    from paperscale.recipes import RecipeArguments
+
+    recipe = RecipeArguments.parse(args.recipe)
+    if args.print_config:
+        from paperscale.training.recipe import RecipeCLI
+
+        print(RecipeCLI(recipe.to_cli(), build=False).resolved())
+        return FINISHED
+    from paperscale.jobs.foreground import fit
+
+    return fit(recipe, args.name, _typed(args))
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    """Validate, test or predict."""
+    from paperscale.jobs.run import all_runs, find_run
+    from paperscale.recipes import RecipeArguments, all_recipes
+
+    stage, first, rest = args.words[0], args.recipe[0], args.recipe[1:]
+    run = find_run(first) if first not in all_recipes() or first in {run.name for run in all_runs()} else None
+    source = [str(run.recipe)] if run else [first]
+    from paperscale.jobs.evaluate import evaluate
+
+    found = evaluate(stage, run, RecipeArguments.parse(source + rest).to_cli(), args.checkpoint)
+    for name, value in found.items():
+        print(f"{name:16} {value:.4f}" if isinstance(value, float) else f"{name:16} {value}")
+    return FINISHED
+
+
+def run_submit(args: argparse.Namespace) -> int:
+    """Submit a job."""
+    from paperscale.jobs.submit import Shape, submit
+    from paperscale.recipes import RecipeArguments
+
+    shape = Shape(args.cluster, args.nodes, args.procs_per_node, args.gpus_per_node, args.time)
+    recipe = RecipeArguments.parse(args.recipe)
+    result = submit(recipe, shape, args.name, args.dry_run, _typed(args))
+    if isinstance(result, str):
+        print(result, end="")
+        return FINISHED
+    print(f"submitted {result.name} to {args.cluster} as job {result.job}")
+    print(f"  paperscale logs {result.name} -f      follow it")
+    print(f"  paperscale status {result.name}       see how far it is")
+    return FINISHED
+
+
+def _typed(args: argparse.Namespace) -> str:
+    return shlex.join(["paperscale", *args.words])
+
+
+# -- jobs --------------------------------------------------------------------------------------------------
+
+
+def _run(args: argparse.Namespace) -> Run:
+    from paperscale.jobs.run import find_run
+
+    return find_run(args.run_name)
+
+
+def run_resume(args: argparse.Namespace) -> int:
+    """Continue a stopped run."""
+    from paperscale.jobs.resume import resume
+
+    run = _run(args)
+    shape = {"nodes": args.nodes, "procs_per_node": args.procs_per_node, "gpus_per_node": args.gpus_per_node}
+    code = resume(run, {**shape, "time": args.time})
+    if code is None:
+        print(f"resumed {run.name} as job {run.job}; follow it with `paperscale logs {run.name} -f`")
+        return FINISHED
+    return code
+
+
+def run_runs(args: argparse.Namespace) -> int:
+    """List the runs."""
+    from paperscale.jobs.run import all_runs, runs_dir
+    from paperscale.jobs.status import status
+
+    found = [(run, status(run)) for run in all_runs()]
+    if args.json:
+        rows = [{"name": run.name, "state": now.state, **now.progress, "results": now.results} for run, now in found]
+        print(json.dumps(rows, indent=1))
+        return FINISHED
+    if not found:
+        print(f"no runs in {runs_dir()}; `paperscale submit resnet20-mnist` makes one")
+        return FINISHED
+    rows_text = []
+    for run, now in found:
+        p, info = now.progress, run.info
+        shape = f"{info.cluster} {info.nodes} x {info.procs_per_node}"
+        step = f"{p['step']}/{p['total_steps']}" if p else "-"
+        score = ", ".join(f"{k} {v:.4f}" for k, v in now.results.items() if k.startswith("test/"))
+        rows_text.append((run.name, now.state, shape, str(len(run.attempts())), step, score or now.detail))
+    _table(["run", "state", "cluster", "attempts", "step", ""], rows_text)
+    return FINISHED
+
+
+def run_status(args: argparse.Namespace) -> int:
+    """Show one run."""
+    from paperscale.jobs.status import status
+    from paperscale.training.checkpoint import all_checkpoints
+
+    run = _run(args)
+    now, info, attempts = status(run), run.info, run.attempts()
+    newest = all_checkpoints(run.checkpoints)
+    facts: dict[str, Any] = {
+        "run": run.name,
+        "state": now.state,
+        "detail": now.detail,
+        "job": run.job,
+        "cluster": info.cluster,
+        "processes": f"{info.nodes} x {info.procs_per_node}",
+        "attempts": len(attempts),
+        "checkpoint": newest[0].name if newest else None,
+        "wandb id": info.wandb_id,
+        "directory": str(run.path),
+    }
+    if now.progress:
+        p = now.progress
+        facts |= {
+            "step": f"{p['step']}/{p['total_steps']}",
+            "epoch": p["epoch"],
+            "samples": p["consumed"],
+            "loss": p["loss"],
+            "samples/s": p["samples_per_s"],
+            "heartbeat": f"{time.time() - p['time']:.0f} s ago",
+        }
+        if now.state == "running":
+            facts["left"] = f"{p['eta_s']} s"
+    facts |= now.results
+    if args.json:
+        print(json.dumps(facts, indent=1))
+        return FINISHED
+    for name, value in facts.items():
+        if value not in (None, ""):
+            print(f"{name:14} {value:.4f}" if isinstance(value, float) else f"{name:14} {value}")
+    return FINISHED
+
+
+def run_logs(args: argparse.Namespace) -> int:
+    """Print a log."""
+    from paperscale.jobs.status import print_log
+
+    print_log(_run(args), args.rank, args.attempt, args.follow)
+    return FINISHED
+
+
+def run_cancel(args: argparse.Namespace) -> int:
+    """Cancel a run."""
+    from paperscale.jobs.status import cancel
+
+    run = _run(args)
+    cancel(run)
+    print(f"cancelled {run.name}; its checkpoints stay in {run.checkpoints}")
+    return FINISHED
+
+
+def run_drill(args: argparse.Namespace) -> int:
+    """Preempt a running job."""
+    from paperscale.jobs.drill import preempt
+
+    print(preempt(_run(args)))
+    return FINISHED
+
+
+# -- others ------------------------------------------------------------------------------------------------
+
+
+def run_recipes(args: argparse.Namespace) -> int:
+    """List the recipes."""
+    from paperscale.recipes import all_recipes, header
+
+    headers = [header(path) for path in all_recipes().values()]
+    if args.json:
+        rows = [{"name": h.name, "title": h.title, "source": h.source, "data": h.dataset, **h.fields} for h in headers]
+        print(json.dumps(rows, indent=1))
+        return FINISHED
+    console = _console()
+    columns = ["recipe", "paper", "dataset", "hardware", "command", "paper's number", "our number"]
+    rows = [
+        [h.name, f"{h.title}. {h.source}", h.dataset, *(h.fields[f] for f in ("needs", "run", "paper", "measured"))]
+        for h in headers
+    ]
+    if console.width >= _WIDE:
+        _table(columns, rows)
+        return FINISHED
+    for name, *values in rows:
+        console.print(f"[bold]{name}")
+        for column, value in zip(columns[1:], values, strict=True):
+            console.print(f"  {column:15} {value}", highlight=False, markup=False)
+    return FINISHED
+
+
+def run_prepare(args: argparse.Namespace) -> int:
+    """Prepare a data set."""
+    from paperscale.data.prepare import prepare
+
+    out = args.out or Path("data") / args.dataset
+    manifest = prepare(args.dataset, out, _console())
+    print(f"{out} holds {_splits(manifest)}")
+    return FINISHED
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Verify a set."""
+    from paperscale.data.prepare import verified
+
+    problems = verified(args.folder, _console())
+    print(f"{len(problems)} damaged shards" if problems else f"{args.folder} is complete and as it was written")
+    return FAILED if problems else FINISHED
+
+
+def run_info(args: argparse.Namespace) -> int:
+    """Say what a set holds."""
+    from paperscale.data.shards import read_manifest
+
+    manifest = read_manifest(args.folder)
+    print(f"{manifest.provenance.get('title', manifest.name)}: {_splits(manifest)}")
+    for name in ("source", "licence"):
+        print(f"{name:9} {manifest.provenance.get(name, 'unknown')}")
+    print(f"classes   {', '.join(manifest.classes)}")
+    return FINISHED
+
+
+def _splits(manifest: Any) -> str:
+    return ", ".join(f"{name} {sum(s.samples for s in shards):,}" for name, shards in manifest.splits.items()) + " samples"
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    """Check the machine: exit 0 all well, 1 with warnings, 2 with failures."""
+    from paperscale.doctor import checks
+
+    found = list(checks(args.cluster, args.data))
+    if args.json:
+        print(json.dumps([vars(check) for check in found], indent=1))
+    else:
+        for check in found:
+            print(f"{check.level:5} {check.name:13} {check.found}" + (f"\n      -> {check.fix}" if check.fix else ""))
+    levels = {check.level for check in found}
+    return 2 if "FAIL" in levels else 1 if "WARN" in levels else 0
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """Run the demonstration."""
+    from paperscale.demo import demo
+
+    return demo(args.cluster)
+
+
+def run_completion(args: argparse.Namespace) -> int:
+    """Print the completion script."""
+    import argcomplete
+
+    print(argcomplete.shellcode(["paperscale"], shell=args.shell))
+    return FINISHED
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+def _table(columns: list[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    _console().print(table)
+

@@ -1,0 +1,50 @@
+"""``paperscale validate``, ``test`` and ``predict``: a run's newest verified checkpoint, or one that is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from paperscale.errors import UserError
+from paperscale.jobs.run import Run
+from paperscale.training.callbacks import StateIO
+from paperscale.training.checkpoint import newest_verified, verify
+from paperscale.training.recipe import RecipeCLI
+
+
+def evaluate(stage: str, run: Run | None, recipe: list[str], checkpoint: Path | None) -> dict[str, Any]:
+    """Return the metrics of ``validate`` or ``test``; ``predict`` writes a file and returns where.
+
+    Args:
+        stage: ``validate``, ``test`` or ``predict``.
+        run: the run whose checkpoint and folder are used.
+        recipe: arguments of the recipe's command line.
+        checkpoint: folder of a checkpoint, by default the run's newest that verifies.
+
+    Raises:
+        UserError: there is no checkpoint, or it does not verify.
+    """
+    if checkpoint is None and run is not None:
+        checkpoint, passed_over = newest_verified(run.checkpoints)
+        for reason in passed_over:
+            print(f"WARNING passed over {reason}")
+    if checkpoint is None:
+        raise UserError(f"no checkpoint to {stage}: name a run (`paperscale runs`) or give --checkpoint FOLDER")
+    manifest = verify(checkpoint)
+    cli = RecipeCLI(recipe)
+    config = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "devices": 1}
+    trainer: Trainer = cli.trainer_for(**config, plugins=[StateIO()], enable_progress_bar=True)
+    state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+    cli.model.load_state_dict(state["state_dict"])
+    if stage == "predict":
+        predictions = trainer.predict(cli.model, datamodule=cli.datamodule)
+        values = torch.cat([part.cpu() for part in predictions or []]).tolist()
+        out = (run.path if run else Path.cwd()) / "predictions.json"
+        out.write_text(json.dumps(values) + "\n")
+        return {"predictions": len(values), "file": str(out), "step": manifest.step}
+    function = trainer.validate if stage == "validate" else trainer.test
+    return {**function(cli.model, datamodule=cli.datamodule, verbose=False)[0], "step": manifest.step}

@@ -1,0 +1,52 @@
+"""``paperscale fit``: the same run and the same worker, in this process, without a job."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from paperscale.errors import FINISHED, REQUEUE
+from paperscale.jobs.engines import process_id
+from paperscale.jobs.run import Attempt, Run, RunInfo, create, free_name, refuse_taken
+from paperscale.jobs.submit import resolve
+from paperscale.recipes import RecipeArguments
+from paperscale.tracking.identity import new_id
+from paperscale.training import signals
+
+
+def fit(recipe: RecipeArguments, name: str | None, command: str) -> int:
+    """Create a run and train it here; return the exit code.
+
+    Raises:
+        UserError: the recipe is wrong, its shards are missing, or the name is taken.
+    """
+    if name:
+        refuse_taken(name)
+    resolved = resolve(recipe, world_size=1)
+    base = recipe.recipe.stem
+    info = RunInfo(
+        name or free_name(base), base, "here", "here", 1, 1, new_id(), time.time(), command, str(Path.cwd())
+    )
+    return train_here(create(info, resolved))
+
+
+def train_here(run: Run) -> int:
+    """Train one attempt of a run in this process; Ctrl-C checkpoints and stops."""
+    from paperscale.jobs import worker
+
+    signals.install()
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "SLURM_STEP_ID"):
+        os.environ.pop(name, None)  # a shell inside a job may carry another job's
+    run.set_job(process_id(os.getpid()))
+    attempt = Attempt(run.path / "attempts" / f"{len(run.attempts()) + 1:04d}")
+    attempt.path.mkdir()
+    print(f"run {run.name} in {run.path}")
+    code = worker.main(str(run.path), attempt.number)
+    (attempt.path / "exit_code").write_text(f"{code}\n")
+    if code == REQUEUE:
+        print(f"stopped; continue with `paperscale resume {run.name}`")
+    elif code != FINISHED:
+        print(f"failed; what was saved is in {run.path}", file=sys.stderr)
+    return code

@@ -1,0 +1,223 @@
+"""``python -m paperscale.jobs.worker RUN ATTEMPT``: one rank of one attempt of a run."""
+
+from __future__ import annotations
+
+from paperscale.training import signals
+
+signals.install()  # before the seconds that the imports below take
+
+import json
+import os
+import socket
+import sys
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from paperscale.data.writer import write_atomically
+from paperscale.errors import FAILED, FINISHED, REQUEUE, USER_ERROR, Interrupted, UserError
+from paperscale.jobs.run import Attempt, Run
+from paperscale.training.checkpoint import newest_verified
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from paperscale.tracking.wandb import GuardedWandbLogger
+    from paperscale.training.recipe import RecipeCLI
+
+_RESUME_WAIT_S = 300
+
+
+def main(run_dir: str, attempt_number: int) -> int:
+    """Run the attempt; return the exit code that tells the job script what to do next."""
+    adopt_slurm_ranks()
+    run = Run(Path(run_dir))
+    attempt = Attempt(run.path / "attempts" / f"{attempt_number:04d}")
+    try:
+        code = Worker(run, attempt).run_attempt()
+    except Interrupted as reason:
+        print(reason, flush=True)
+        code = REQUEUE
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = USER_ERROR
+    except BaseException:
+        traceback.print_exc()
+        code = FAILED
+    return code
+
+
+def adopt_slurm_ranks() -> None:
+    """Give SLURM's task numbers the names that torch uses; only inside a step, where srun has set them."""
+    if "SLURM_STEP_ID" not in os.environ or "RANK" in os.environ:
+        return
+    names = {"RANK": "PROCID", "LOCAL_RANK": "LOCALID", "NODE_RANK": "NODEID", "WORLD_SIZE": "NTASKS"}
+    for name, slurm in names.items():
+        os.environ[name] = os.environ[f"SLURM_{slurm}"]
+
+
+class Worker:
+    """One rank: builds what the recipe says, trains, and reports.
+
+    Args:
+        run: the run's directory.
+        attempt: this attempt's directory.
+    """
+
+    def __init__(self, run: Run, attempt: Attempt):
+        self.run, self.attempt, self.info = run, attempt, run.info
+        self.rank = int(os.environ.get("RANK", 0))
+        self.wandb: GuardedWandbLogger | None = None
+
+    def say(self, line: str) -> None:
+        """Print a line on rank 0."""
+        if self.rank == 0:
+            print(line, flush=True)
+
+    def run_attempt(self) -> int:
+        """Train to the end, or to where the ranks were told to stop; return the exit code."""
+        from paperscale.training.recipe import RecipeCLI
+
+        self.record(
+            attempt=self.attempt.number,
+            started=time.time(),
+            host=socket.gethostname(),
+            job=os.environ.get("SLURM_JOB_ID", self.run.job),
+        )
+        resume = self.choose_checkpoint()
+        cli = RecipeCLI([f"--config={self.run.recipe}"])
+        trainer = self.build_trainer(cli, resume)
+        code, reason = FAILED, ""
+        try:
+            trainer.fit(
+                cli.model,
+                datamodule=cli.datamodule,
+                ckpt_path=resume and resume / "state.pt",
+                weights_only=True,
+            )
+            self.finish(cli, trainer)
+            code = FINISHED
+        except Interrupted as interrupted:
+            code, reason = REQUEUE, str(interrupted)
+            self.say(f"interrupted by {reason} after step {trainer.global_step}: checkpoint written")
+        finally:
+            self.record(ended=time.time(), outcome=code, reason=reason, samples_per_s=self.progress.samples_per_s)
+            if self.wandb:
+                self.wandb.finish(0 if code == FINISHED else 1)
+        if trainer.world_size > 1:
+            trainer.strategy.barrier("attempt ends")  # all ranks leave together: srun ends the rest at the first exit
+        return code
+
+    def build_trainer(self, cli: RecipeCLI, resume: Path | None) -> Trainer:
+        """Return the recipe's Trainer as this job runs it."""
+        from lightning.pytorch.strategies import DDPStrategy
+
+        from paperscale.jobs.environment import JobEnvironment
+        from paperscale.tracking.wandb import GuardedWandbLogger, JsonlLogger
+        from paperscale.training import callbacks as own
+        from paperscale.training.interruption import take_over_signals
+
+        tracking, options = cli.config_init.tracking, cli.config_init.checkpoint
+        world_size = self.info.nodes * self.info.procs_per_node
+        io = own.StateIO()
+        self.progress = own.ProgressReport(self.run.path / "progress.json", self.attempt.number, self.say)
+        loggers: list[Any] = [JsonlLogger(self.run.metrics, self.attempt.number)]
+        if tracking.enabled:
+            self.wandb = GuardedWandbLogger(
+                self.run.path,
+                self.info.name,
+                self.info.wandb_id,
+                self.say,
+                project=tracking.project,
+                entity=tracking.entity,
+                tags=list(tracking.tags),
+                config=cli.config.as_dict(),
+            )
+            loggers.append(self.wandb)
+        settings: dict[str, Any] = {
+            "devices": self.info.procs_per_node,
+            "num_nodes": self.info.nodes,
+            "plugins": [JobEnvironment(), io],
+            "logger": loggers,
+            "accumulate_grad_batches": cli.datamodule.accumulate(world_size),  # type: ignore[attr-defined]
+            "default_root_dir": str(self.run.path),
+            "enable_checkpointing": True,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "use_distributed_sampler": False,
+            "callbacks": [
+                own.FirstBatch(lambda position, samples: self.record(position=position, first_samples=samples)),
+                own.StreamPosition(),
+                self.progress,
+                own.Checkpointing(self.run.checkpoints, options, io, resume, self.is_current, self.say),
+            ],
+        }
+        if world_size > 1 and cli.config_init.trainer.strategy == "auto":
+            settings["strategy"] = DDPStrategy(timeout=timedelta(minutes=10))
+        trainer = cli.trainer_for(**settings)
+        take_over_signals(trainer)
+        return trainer
+
+    def choose_checkpoint(self) -> Path | None:
+        """Return the checkpoint to continue from: rank 0 verifies and chooses, the others read its choice.
+
+        Raises:
+            UserError: there are checkpoints and none verifies.
+        """
+        choice = self.attempt.path / "resume.json"
+        if self.rank == 0:
+            checkpoint, passed_over = newest_verified(self.run.checkpoints)
+            for reason in passed_over:
+                self.say(f"WARNING passed over {reason}")
+            if passed_over and checkpoint is None:
+                found = json.dumps({"error": "no checkpoint verifies"})
+                write_atomically(choice, found.encode())
+                raise UserError(
+                    f"none of the {len(passed_over)} checkpoints in {self.run.checkpoints} verifies; restore one from a "
+                    "copy, or remove the folder's content to begin anew"
+                )
+            self.say(f"continues from {checkpoint.name}" if checkpoint else "begins at the start")
+            self.record(resumed_from=checkpoint and checkpoint.name, passed_over=passed_over)
+            write_atomically(choice, json.dumps({"checkpoint": checkpoint and str(checkpoint)}).encode())
+        deadline = time.monotonic() + _RESUME_WAIT_S
+        while not choice.exists():
+            if time.monotonic() > deadline:
+                raise UserError(f"{choice} has not appeared: is {self.run.path} on a file system that all nodes share?")
+            time.sleep(0.1)
+        content = json.loads(choice.read_text())
+        if "error" in content:
+            raise UserError(content["error"])
+        return content["checkpoint"] and Path(content["checkpoint"])
+
+    def finish(self, cli: RecipeCLI, trainer: Trainer) -> None:
+        """Score the test split and write the results; their presence says that the run is finished."""
+        results = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        if cli.config_init.test_after_fit:
+            results.update(trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)[0])
+        results["samples_per_s"] = round(self.progress.samples_per_s, 1)
+        if self.rank == 0:
+            write_atomically(self.run.path / "results.json", json.dumps(results, indent=1).encode())
+        for name, value in results.items():
+            self.say(f"{name:20} {value:.4f}")
+
+    def is_current(self) -> bool:
+        """Return whether no newer attempt has started: a rank that was cut off and replaced must not write."""
+        return self.run.attempts()[-1].number == self.attempt.number
+
+    def record(self, **facts: Any) -> None:
+        """Add facts to the attempt's record (rank 0)."""
+        if self.rank == 0:
+            try:
+                self.attempt.record(**facts)
+            except OSError as error:
+                self.say(f"WARNING cannot write {self.attempt.path}: {error.strerror}")
+
+
+if __name__ == "__main__":
+    from paperscale.training.callbacks import exit_now
+
+    code = main(sys.argv[1], int(sys.argv[2]))
+    signals.ignore()
+    exit_now(code)
