@@ -105,7 +105,9 @@ def _keys_as_words(words: list[str], own: set[str]) -> list[str]:
 
 def build_parser() -> Parser:
     """Return the parser of all commands."""
-    parser = Parser(prog="paperscale", description="Train papers on a cluster, and on this machine.", allow_abbrev=False)
+    parser = Parser(
+        prog="paperscale", description="Train papers on a cluster, and on this machine.", allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=f"paperscale {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
 
@@ -127,7 +129,9 @@ def _add_training(add: Callable[[str, Command, str], Parser]) -> None:
     fit.add_argument("--name", help="name of the run (default: the recipe's)")
     fit.add_argument("--print_config", action="store_true", help="print the resolved configuration and exit")
     for name, what in (("validate", "score the validation split"), ("test", "score the test split")):
-        _recipe_argument(_checkpoint_option(add(name, run_evaluate, f"{what} with a run's checkpoint")), f"RUN or {keys}")
+        _recipe_argument(
+            _checkpoint_option(add(name, run_evaluate, f"{what} with a run's checkpoint")), f"RUN or {keys}"
+        )
     predict = add("predict", run_evaluate, "write the predictions of a run's checkpoint for the test split")
     _recipe_argument(_checkpoint_option(predict), f"RUN or {keys}")
     submit = add("submit", run_submit, "submit a recipe to a cluster")
@@ -141,7 +145,9 @@ def _add_training(add: Callable[[str, Command, str], Parser]) -> None:
 
 
 def _checkpoint_option(parser: Parser) -> Parser:
-    parser.add_argument("--checkpoint", type=Path, help="folder of a checkpoint (default: the run's newest that verifies)")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="folder of a checkpoint (default: the run's newest that verifies)"
+    )
     return parser
 
 
@@ -179,7 +185,11 @@ def _add_jobs(add: Callable[[str, Command, str], Parser]) -> None:
     _run_argument(add("cancel", run_cancel, "end a run for good"))
     drill = add("drill", run_drill, "make a fault happen to a running job, to see it recover")
     _run_argument(drill)
-    drill.add_argument("fault", choices=["preempt"], help="preempt: the signal that a scheduler sends before it takes the nodes")
+    drill.add_argument(
+        "fault",
+        choices=["preempt"],
+        help="preempt: the signal that a scheduler sends before it takes the nodes",
+    )
 
 
 def _run_argument(parser: Parser) -> None:
@@ -205,7 +215,11 @@ def _add_others(add: Callable[[str, Command, str], Parser]) -> None:
     doctor.add_argument("--json", action="store_true", help="print JSON")
     demo = add("demo", run_demo, "see it all: prepare MNIST, submit, interrupt, resume, finish")
     demo.add_argument("--cluster", default="local", help="local, or the profile of a SLURM cluster")
-    completion = add("completion", run_completion, "print the shell's completion script: eval \"$(paperscale completion bash)\"")
+    completion = add(
+        "completion",
+        run_completion,
+        'print the shell\'s completion script: eval "$(paperscale completion bash)"',
+    )
     completion.add_argument("shell", choices=["bash", "zsh", "fish"])
 
 
@@ -406,13 +420,20 @@ def run_recipes(args: argparse.Namespace) -> int:
 
     headers = [header(path) for path in all_recipes().values()]
     if args.json:
-        rows = [{"name": h.name, "title": h.title, "source": h.source, "data": h.dataset, **h.fields} for h in headers]
-        print(json.dumps(rows, indent=1))
+        listed = [
+            {"name": h.name, "title": h.title, "source": h.source, "data": h.dataset, **h.fields} for h in headers
+        ]
+        print(json.dumps(listed, indent=1))
         return FINISHED
     console = _console()
     columns = ["recipe", "paper", "dataset", "hardware", "command", "paper's number", "our number"]
     rows = [
-        [h.name, f"{h.title}. {h.source}", h.dataset, *(h.fields[f] for f in ("needs", "run", "paper", "measured"))]
+        [
+            h.name,
+            f"{h.title}. {h.source}",
+            h.dataset,
+            *(h.fields[f] for f in ("needs", "run", "paper", "measured")),
+        ]
         for h in headers
     ]
     if console.width >= _WIDE:
@@ -457,7 +478,9 @@ def run_info(args: argparse.Namespace) -> int:
 
 
 def _splits(manifest: Any) -> str:
-    return ", ".join(f"{name} {sum(s.samples for s in shards):,}" for name, shards in manifest.splits.items()) + " samples"
+    return (
+        ", ".join(f"{name} {sum(s.samples for s in shards):,}" for name, shards in manifest.splits.items()) + " samples"
+    )
 
 
 def run_doctor(args: argparse.Namespace) -> int:
@@ -505,4 +528,3 @@ def _table(columns: list[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     _console().print(table)
-

@@ -7,6 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -71,7 +72,12 @@ def _shape(cluster: str) -> Shape:
 def _watch(run: Run, console: Console) -> None:
     """Show the progress until the run ends, and interrupt it once on the way."""
     interrupted = False
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[fact]}"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[fact]}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("starting", total=None, fact="")
         last_check = time.monotonic()
@@ -107,16 +113,24 @@ def _show_continuation(run: Run, data: Path, console: Console) -> None:
     first, second = (attempt.facts for attempt in run.attempts()[:2])
     position, got = second["position"], second["first_samples"]
     shards = ShardSet(data, "train")
-    order = SampleOrder(shards.sizes, seed=1)
-    expected = order.samples(*divmod(position, len(order)), position % len(order) + len(got)).tolist()
+    order = SampleOrder(shards.sizes, seed=run_seed(run))
+    epoch, start = divmod(position, len(order))
+    expected = order.samples(epoch, start, start + len(got)).tolist()
     console.print(
         f"attempt 1 ended with exit code {first['outcome']} (requeue me) after {first['reason']}; "
         f"attempt 2 continued from [bold]{second['resumed_from']}[/]"
     )
-    console.print(f"next sample by the order: {position:,} -> images {expected[:4]}...; attempt 2 began with {got[:4]}...")
+    console.print(
+        f"next sample by the order: {position:,} -> images {expected[:4]}...; attempt 2 began with {got[:4]}..."
+    )
     if expected != got:
         raise UserError(f"attempt 2 of '{run.name}' did not continue at the next sample: this is a defect of ours")
     console.print("[green]it continued from the exact next sample[/]")
+
+
+def run_seed(run: Run) -> int:
+    """Return the seed of the run's order of samples."""
+    return yaml.safe_load(run.recipe.read_text())["seed_everything"]
 
 
 def _summary(run: Run, console: Console) -> int:

@@ -209,9 +209,7 @@ class ImageShards(LightningDataModule):
         images = np.stack([decode(row["png"]) for row in rows])
         return {"image": images, "label": np.array([int(row["cls"]) for row in rows]), "sample": samples}
 
-    def _augment(
-        self, images: NDArray[np.uint8], epoch: int, samples: NDArray[np.int64]
-    ) -> NDArray[np.uint8]:
+    def _augment(self, images: NDArray[np.uint8], epoch: int, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Crop and mirror each image as (seed, epoch, sample) says."""
         if self.flip:
             mirrored = uniform(self.seed, epoch, samples, _FLIP) < 0.5

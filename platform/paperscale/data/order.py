@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -162,4 +163,4 @@ def even_batches(samples: int, batch_size: int, rank: int, world_size: int) -> l
     batches = min(-(-largest_share // batch_size), samples // world_size)
     parts = batches * world_size
     bounds = [samples * k // parts for k in range(rank * batches, (rank + 1) * batches + 1)]
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(pairwise(bounds))

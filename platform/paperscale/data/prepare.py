@@ -18,7 +18,12 @@ from paperscale.data.sources import Package, Source, Web, fetch_first
 from paperscale.data.writer import Sample, write_atomically, write_split
 from paperscale.errors import UserError, nearest
 
-_IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+_IDX_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,18 @@ DATASETS = {
                 _IDX_FILES,
             ),
         ),
-        ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+        (
+            "T-shirt/top",
+            "Trouser",
+            "Pullover",
+            "Dress",
+            "Coat",
+            "Sandal",
+            "Shirt",
+            "Sneaker",
+            "Bag",
+            "Ankle boot",
+        ),
         "MIT",
     ),
 }
@@ -150,7 +166,13 @@ def prepare(name: str, out: Path, console: Console) -> Manifest:
         name,
         written,
         list(dataset.classes),
-        {"height": 28, "width": 28, "channels": 1, "mean": [float(scaled.mean())], "std": [float(scaled.std())]},
+        {
+            "height": 28,
+            "width": 28,
+            "channels": 1,
+            "mean": [float(scaled.mean())],
+            "std": [float(scaled.std())],
+        },
         {"source": source, "licence": dataset.licence, "title": dataset.title},
     )
     write_atomically(out / MANIFEST, manifest.to_json().encode())
@@ -171,14 +193,20 @@ def verified(folder: Path, console: Console) -> list[str]:
     return problems
 
 
-def _samples(split: str, images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> Callable[[int, int], Iterator[Sample]]:
+def _samples(
+    split: str, images: NDArray[np.uint8], labels: NDArray[np.uint8]
+) -> Callable[[int, int], Iterator[Sample]]:
     from PIL import Image
 
     def samples(start: int, stop: int) -> Iterator[Sample]:
         for number in range(start, stop):
             png = io.BytesIO()
             Image.fromarray(images[number]).save(png, "png", compress_level=1)
-            yield {"__key__": f"{split}-{number:06d}", "png": png.getvalue(), "cls": str(labels[number]).encode()}
+            yield {
+                "__key__": f"{split}-{number:06d}",
+                "png": png.getvalue(),
+                "cls": str(labels[number]).encode(),
+            }
 
     return samples
 

@@ -120,9 +120,7 @@ def _checked(content: bytes, sha256: str, name: str) -> bytes:
     return content
 
 
-def fetch_first(
-    name: str, sources: tuple[Source, ...], say: Callable[[str], None]
-) -> tuple[dict[str, bytes], str]:
+def fetch_first(name: str, sources: tuple[Source, ...], say: Callable[[str], None]) -> tuple[dict[str, bytes], str]:
     """Return the files from the first source that has them, and that source's name.
 
     Raises:

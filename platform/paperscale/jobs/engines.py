@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from paperscale.errors import UserError
@@ -56,8 +57,8 @@ class Slurm:
         """Compare what is asked for with what the partition has."""
         if shutil.which("sbatch") is None:
             raise UserError(
-                f"cluster '{profile.name}' needs sbatch, which is not on PATH: run this on a login node of the cluster, "
-                "or use --cluster local"
+                f"cluster '{profile.name}' needs sbatch, which is not on PATH: run this on a login node of "
+                "the cluster, or use --cluster local"
             )
         columns = "%R|%D|%c|%m|%l"
         chosen = ["-p", profile.partition] if profile.partition else []
@@ -77,12 +78,14 @@ class Slurm:
         have_cpus = max(int(row[2].rstrip("+")) for row in rows)
         where = f"partition '{profile.partition}' of cluster '{profile.name}'"
         if info.nodes > have_nodes:
-            raise UserError(f"{info.nodes} nodes asked for, {where} has {have_nodes}; use --nodes {have_nodes} or fewer")
+            raise UserError(
+                f"{info.nodes} nodes asked for, {where} has {have_nodes}; use --nodes {have_nodes} or fewer"
+            )
         need = info.procs_per_node * profile.cpus_per_proc
         if need > have_cpus:
             raise UserError(
-                f"{info.procs_per_node} processes of {profile.cpus_per_proc} CPUs on a node asked for, a node of {where} "
-                f"has {have_cpus} CPUs; lower --procs-per-node or the profile's cpus_per_proc"
+                f"{info.procs_per_node} processes of {profile.cpus_per_proc} CPUs on a node asked for, a node of "
+                f"{where} has {have_cpus} CPUs; lower --procs-per-node or the profile's cpus_per_proc"
             )
         longest = max(seconds(row[4]) for row in rows)
         if seconds(profile.time) > longest:
@@ -166,7 +169,13 @@ def process_id(pid: int) -> str:
 
 
 def _started(pid: int) -> str:
-    """Return when a process started, empty if it is not alive; tells a process from a later one of the same id."""
+    """Return when a process started, empty if it is not alive; tells a process from a later one of the same number."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if fields[0] in "ZX" else fields[19]
+    except FileNotFoundError:
+        if Path("/proc/self").exists():
+            return ""
     result = subprocess.run(["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True)
     stat, _, started = result.stdout.strip().partition(" ")
     return "" if not stat or stat.startswith("Z") else "-".join(started.split())
@@ -200,9 +209,9 @@ def seconds(limit: str) -> float:
     days, _, clock = limit.rpartition("-")
     parts = [int(part) for part in clock.split(":")]
     if days:
-        hours, minutes, secs = (parts + [0, 0])[:3]
+        hours, minutes, secs = [*parts, 0, 0][:3]
     elif len(parts) == 3:
         hours, minutes, secs = parts
     else:
-        hours, (minutes, secs) = 0, (parts + [0])[:2]
+        hours, (minutes, secs) = 0, [*parts, 0][:2]
     return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + secs

@@ -41,8 +41,8 @@ def evaluate(stage: str, run: Run | None, recipe: list[str], checkpoint: Path | 
     state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
     cli.model.load_state_dict(state["state_dict"])
     if stage == "predict":
-        predictions = trainer.predict(cli.model, datamodule=cli.datamodule)
-        values = torch.cat([part.cpu() for part in predictions or []]).tolist()
+        parts: list[Any] = trainer.predict(cli.model, datamodule=cli.datamodule) or []
+        values = torch.cat([part.cpu() for part in parts]).tolist()
         out = (run.path if run else Path.cwd()) / "predictions.json"
         out.write_text(json.dumps(values) + "\n")
         return {"predictions": len(values), "file": str(out), "step": manifest.step}

@@ -26,9 +26,7 @@ def fit(recipe: RecipeArguments, name: str | None, command: str) -> int:
         refuse_taken(name)
     resolved = resolve(recipe, world_size=1)
     base = recipe.recipe.stem
-    info = RunInfo(
-        name or free_name(base), base, "here", "here", 1, 1, new_id(), time.time(), command, str(Path.cwd())
-    )
+    info = RunInfo(name or free_name(base), base, "here", "here", 1, 1, new_id(), time.time(), command, str(Path.cwd()))
     return train_here(create(info, resolved))
 
 

@@ -81,7 +81,8 @@ def resolve(arguments: RecipeArguments, world_size: int) -> str:
     trainer = cli.config_init.trainer
     if trainer.devices not in ("auto", 1, "1") or trainer.num_nodes != 1:
         raise UserError(
-            "trainer.devices and trainer.num_nodes are the job's: `paperscale submit` takes --nodes and --procs-per-node"
+            "trainer.devices and trainer.num_nodes are the job's: "
+            "use --nodes and --procs-per-node of `paperscale submit`"
         )
     cli.datamodule.shards("train")  # type: ignore[attr-defined]
     cli.datamodule.accumulate(world_size)  # type: ignore[attr-defined]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from paperscale.data.writer import write_atomically
 from paperscale.errors import FAILED, FINISHED, REQUEUE, USER_ERROR, Interrupted, UserError
 from paperscale.jobs.run import Attempt, Run
-from paperscale.training.checkpoint import newest_verified
+from paperscale.training.checkpoint import newest_verified, read_manifest
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -89,6 +89,7 @@ class Worker:
         resume = self.choose_checkpoint()
         cli = RecipeCLI([f"--config={self.run.recipe}"])
         trainer = self.build_trainer(cli, resume)
+        self.recover_tracking(resume)
         code, reason = FAILED, ""
         try:
             trainer.fit(
@@ -112,6 +113,7 @@ class Worker:
 
     def build_trainer(self, cli: RecipeCLI, resume: Path | None) -> Trainer:
         """Return the recipe's Trainer as this job runs it."""
+        from lightning.pytorch.callbacks import RichProgressBar
         from lightning.pytorch.strategies import DDPStrategy
 
         from paperscale.jobs.environment import JobEnvironment
@@ -154,6 +156,9 @@ class Worker:
                 own.Checkpointing(self.run.checkpoints, options, io, resume, self.is_current, self.say),
             ],
         }
+        if self.info.engine == "here" and sys.stdout.isatty():
+            settings["callbacks"].insert(0, RichProgressBar())
+            self.progress.every_s = float("inf")
         if world_size > 1 and cli.config_init.trainer.strategy == "auto":
             settings["strategy"] = DDPStrategy(timeout=timedelta(minutes=10))
         trainer = cli.trainer_for(**settings)
@@ -175,8 +180,8 @@ class Worker:
                 found = json.dumps({"error": "no checkpoint verifies"})
                 write_atomically(choice, found.encode())
                 raise UserError(
-                    f"none of the {len(passed_over)} checkpoints in {self.run.checkpoints} verifies; restore one from a "
-                    "copy, or remove the folder's content to begin anew"
+                    f"none of the {len(passed_over)} checkpoints in {self.run.checkpoints} verifies; restore one from "
+                    "a copy, or remove the folder's content to begin anew"
                 )
             self.say(f"continues from {checkpoint.name}" if checkpoint else "begins at the start")
             self.record(resumed_from=checkpoint and checkpoint.name, passed_over=passed_over)
@@ -190,6 +195,15 @@ class Worker:
         if "error" in content:
             raise UserError(content["error"])
         return content["checkpoint"] and Path(content["checkpoint"])
+
+    def recover_tracking(self, resume: Path | None) -> None:
+        """Let W&B have the rows up to the checkpoint that the previous attempt's W&B lost."""
+        from paperscale.tracking.wandb import is_online, read_metrics
+
+        if self.wandb and resume and self.rank == 0 and not is_online():
+            step, previous = read_manifest(resume).step, self.attempt.number - 1
+            rows = [r for r in read_metrics(self.run.metrics) if r["attempt"] == previous and r["step"] < step]
+            self.wandb.recover(rows)
 
     def finish(self, cli: RecipeCLI, trainer: Trainer) -> None:
         """Score the test split and write the results; their presence says that the run is finished."""

@@ -1,13 +1,13 @@
 """Deep Residual Learning for Image Recognition. He, Zhang, Ren, Sun. 2015. https://arxiv.org/abs/1512.03385
 
-====================================  =====================================================
+====================================  ====================================================
 the paper                             here
-====================================  =====================================================
+====================================  ====================================================
 n (section 4.2: 6n + 2 layers)        ``CifarResNet(n=...)``
 F(x) + x (eqn. 1), W_s x (eqn. 2)     ``BasicBlock.forward``, ``BasicBlock.shortcut``
 options A and B (section 3.3)         ``shortcut="A"``, ``shortcut="B"``
 plain network (section 3.3)           ``residual=False``
-===================================== =====================================================
+====================================  ====================================================
 
 Where we depart from the paper, and why:
 
@@ -15,7 +15,7 @@ Where we depart from the paper, and why:
   64k iterations, also for data sets on which 64k iterations would be a waste.
 - Weights are drawn from He's normal distribution by fan-out, as the authors' released models and every PyTorch
   descendant do; the paper does not say which fan.
-- Batch normalisation keeps moving averages; section 3.4 of the authors' release recomputes them after training.
+- Batch normalisation keeps moving averages; the authors' release recomputes the statistics after training.
 
 Shapes: B batch, C channels, H height, W width, K classes.
 """
@@ -27,6 +27,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -113,9 +114,7 @@ class CifarResNet(nn.Module):
         channels_in = 16
         for channels_out, stride in ((16, 1), (32, 2), (64, 2)):
             for block in range(n):
-                blocks.append(
-                    BasicBlock(channels_in, channels_out, stride if block == 0 else 1, shortcut, residual)
-                )
+                blocks.append(BasicBlock(channels_in, channels_out, stride if block == 0 else 1, shortcut, residual))
                 channels_in = channels_out
         self.blocks = nn.Sequential(*blocks)
         self.fc = nn.Linear(64, classes)
@@ -158,45 +157,42 @@ class ResNetClassifier(LightningModule):
         self.network = network
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.milestones = milestones
-        self.accuracy = nn.ModuleDict(
-            {f"{stage}_accuracy": MulticlassAccuracy(classes, average="micro") for stage in ("train", "val", "test")}
-        )
+        self.train_accuracy = MulticlassAccuracy(classes, average="micro")
+        self.val_accuracy = MulticlassAccuracy(classes, average="micro")
+        self.test_accuracy = MulticlassAccuracy(classes, average="micro")
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return logits, shape [B, K]."""
         return self.network(x_BCHW)
 
-    def _score(self, batch: dict[str, Any], stage: str) -> Tensor:
+    def _score(self, batch: dict[str, Any], name: str, accuracy: MulticlassAccuracy) -> Tensor:
         """Return the mean cross-entropy, and count the batch's right answers."""
         logits_BK = self(batch["image"])
-        accuracy = self.accuracy[f"{stage}_accuracy"]
         accuracy.update(logits_BK, batch["label"])
-        self.log(f"{stage}/accuracy", accuracy, on_step=False, on_epoch=True, batch_size=len(logits_BK))
+        self.log(name, accuracy, on_step=False, on_epoch=True, batch_size=len(logits_BK))
         return F.cross_entropy(logits_BK, batch["label"])
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the loss of one micro-batch."""
-        loss = self._score(batch, "train")
+        loss = self._score(batch, "train/accuracy", self.train_accuracy)
         self.log("train/loss", loss.detach())
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Score one batch of the validation split."""
-        self._score(batch, "val")
+        self._score(batch, "val/accuracy", self.val_accuracy)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Score one batch of the test split."""
-        self._score(batch, "test")
+        self._score(batch, "test/accuracy", self.test_accuracy)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the most likely class of each image, shape [B]."""
         return self(batch["image"]).argmax(dim=1)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return SGD with the learning rate divided by 10 at each milestone."""
-        optimizer = torch.optim.SGD(
-            self.parameters(), self.lr, momentum=self.momentum, weight_decay=self.weight_decay
-        )
+        optimizer = torch.optim.SGD(self.parameters(), self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
         steps = self.trainer.estimated_stepping_batches
         schedule = torch.optim.lr_scheduler.MultiStepLR(
             optimizer, [int(fraction * steps) for fraction in self.milestones], gamma=0.1

@@ -18,6 +18,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from paperscale.tracking.wandb_files import read_segment
+
 _FLUSH = "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL"
 
 
@@ -48,8 +50,15 @@ class GuardedWandbLogger(WandbLogger):
         os.environ.setdefault("WANDB_SILENT", "true")
         online = is_online()
         super().__init__(
-            name=name, id=run_id, save_dir=run_dir, offline=not online, resume="allow" if online else None, **options
+            name=name,
+            id=run_id,
+            save_dir=run_dir,
+            offline=not online,
+            resume="allow" if online else None,
+            **options,
         )
+        self._run_dir = run_dir
+        self._wandb_init.pop("anonymous", None)  # Lightning still passes what W&B warns of
         self.say = say
         self.lost = False
 
@@ -78,11 +87,33 @@ class GuardedWandbLogger(WandbLogger):
                 super().log_hyperparams(params)
 
     @rank_zero_only
+    def recover(self, rows: list[dict[str, Any]]) -> None:
+        """Log rows of the previous attempt again that its W&B service did not live to write.
+
+        Args:
+            rows: what that attempt logged, as :func:`read_metrics` gives it.
+        """
+        segments = sorted((self._run_dir / "wandb").glob("offline-run-*"))
+        if not rows or not segments:
+            return
+        with self.guarded():
+            written = {_row_key(row["trainer/global_step"], row) for row in read_segment(segments[-1]).history}
+            for row in rows:
+                values = {key: value for key, value in row.items() if key not in ("step", "attempt")}
+                if _row_key(row["step"], values) not in written:
+                    self.log_metrics(values, row["step"])
+
+    @rank_zero_only
     def finish(self, exit_code: int) -> None:
         """End this segment of the run; waits until it is written."""
         if self._experiment is not None and not self.lost:
             with self.guarded():
                 self._experiment.finish(exit_code=exit_code)
+
+
+def _row_key(step: int, row: dict[str, Any]) -> tuple[int, frozenset[str]]:
+    """Return what tells a logged row from others: its step and its metrics' names."""
+    return step, frozenset(key for key in row if not key.startswith("_") and key != "trainer/global_step")
 
 
 class JsonlLogger(Logger):

@@ -32,13 +32,14 @@ class Segment:
 
 def read_runs(folder: Path) -> list[Segment]:
     """Return the offline segments in a ``wandb`` folder, oldest first."""
-    return [_read(path) for path in sorted(folder.glob("offline-run-*"))]
+    return [read_segment(path) for path in sorted(folder.glob("offline-run-*"))]
 
 
-def _read(folder: Path) -> Segment:
+def read_segment(folder: Path) -> Segment:
+    """Return what is in one ``offline-run-...`` folder."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     records = [json.loads(line) for line in output.splitlines()]
-    run = next((record["run"] for record in records if record["type"] == "run"), {})
+    run: dict[str, Any] = next((record["run"] for record in records if record["type"] == "run"), {})
     history = [record["history"] for record in records if record["type"] == "history"]
     return Segment(run.get("run_id", ""), run.get("display_name", ""), history)

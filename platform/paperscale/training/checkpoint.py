@@ -46,17 +46,26 @@ class CheckpointManifest:
     version: int = VERSION
 
 
+def read_manifest(checkpoint: Path) -> CheckpointManifest:
+    """Return a checkpoint's manifest.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    path = checkpoint / MANIFEST
+    try:
+        return CheckpointManifest(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: not a readable manifest ({error})") from error
+
+
 def verify(checkpoint: Path) -> CheckpointManifest:
     """Check every file of a checkpoint against its manifest.
 
     Raises:
         UserError: a file is missing, cut short or changed; names it.
     """
-    path = checkpoint / MANIFEST
-    try:
-        manifest = CheckpointManifest(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a readable manifest ({error})") from error
+    manifest = read_manifest(checkpoint)
     for name, expected in manifest.files.items():
         file = checkpoint / name
         if not file.is_file():

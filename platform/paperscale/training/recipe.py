@@ -92,7 +92,10 @@ class RecipeCLI(LightningCLI):
         """Return the recipe's Trainer with settings of the job, which win over the recipe's."""
         config = {**self._get(self.config_init, "trainer", default={}), **settings}
         if "callbacks" in settings:
-            config["callbacks"] = [*(self._get(self.config_init, "trainer.callbacks") or []), *settings["callbacks"]]
+            config["callbacks"] = [
+                *(self._get(self.config_init, "trainer.callbacks") or []),
+                *settings["callbacks"],
+            ]
         return Trainer(**config)
 
     def resolved(self) -> str:
