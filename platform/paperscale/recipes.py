@@ -16,7 +16,7 @@ from paperscale import assets
 from paperscale.errors import UserError, nearest
 
 HEADER_FIELDS = ("run", "needs", "paper", "measured")
-_OVERRIDE = re.compile(r"^-{0,2}([A-Za-z_][\w.]*)=(.*)$", re.DOTALL)
+_OVERRIDE = re.compile(r"^-{0,2}([A-Za-z_][\w.]*\+?)=(.*)$", re.DOTALL)  # key=value, key+=value
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,8 @@ def even_batches(samples: int, batch_size: int, rank: int, world_size: int) -> l
     """Return one rank's ``(start, stop)`` ranges that visit every sample once over all ranks.
 
     Every rank gets the same number of batches, which differ by at most one sample, because collectives inside a
-    forward pass (DDP broadcasts its buffers) must be entered by all ranks alike.
+    forward pass (DDP broadcasts its buffers) must be entered by all ranks alike. For that reason a batch of one
+    sample may become one of two.
 
     Raises:
         ValueError: there are fewer samples than ranks.

@@ -157,7 +157,7 @@ class Checkpointing(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checkpoint at the end of an epoch, after validation."""
         if self._stopping or (trainer.current_epoch + 1) % self.options.every_n_epochs == 0:
-            self.save(trainer)
+            self.save(trainer, epoch_ended=True)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop between epochs, once the finished one's metrics are logged."""
@@ -166,10 +166,14 @@ class Checkpointing(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make sure that the finished state is kept."""
-        self.save(trainer)
+        self.save(trainer, epoch_ended=True)
 
-    def save(self, trainer: Trainer) -> None:
+    def save(self, trainer: Trainer, epoch_ended: bool = False) -> None:
         """Write a checkpoint on all ranks. Where that fails, the previous one stays and training goes on.
+
+        Args:
+            trainer: the trainer.
+            epoch_ended: whether the metrics' epoch is over: the next one begins with empty metrics.
 
         Raises:
             UserError: it failed and the run is stopping or has ended, so that nothing would come after it.
@@ -182,20 +186,20 @@ class Checkpointing(Checkpoint):
         partial = self.folder / f".{final.name}.partial"
         if trainer.is_global_zero:
             shutil.rmtree(partial, ignore_errors=True)
-        error = self._write(trainer, partial)
+        error = self._write(trainer, partial, epoch_ended)
         error = self._publish(trainer, partial, final) if error is None else error
         if error is None:
             self._saved_step = step
             return
         if trainer.is_global_zero:
             shutil.rmtree(partial, ignore_errors=True)
-        kept = "the previous checkpoint is kept; free space, then `paperscale resume`"
+        kept = f"the previous checkpoint is kept; free space, then `paperscale resume {self.folder.parent.name}`"
         message = f"checkpoint at step {step} not written: {error}; {kept}"
         if self._stopping or trainer.fit_loop.done:
             raise UserError(message)
         self.say(f"WARNING {message}")
 
-    def _write(self, trainer: Trainer, partial: Path) -> str | None:
+    def _write(self, trainer: Trainer, partial: Path, epoch_ended: bool) -> str | None:
         """Write every rank's part; return what went wrong on any rank."""
         self.io.error = error = None
         try:
@@ -206,7 +210,8 @@ class Checkpointing(Checkpoint):
         trainer.strategy.barrier("checkpoint folder")
         trainer.save_checkpoint(partial / "state.pt", weights_only=False)
         try:
-            own = {"random": random_state(), "metrics": metric_state(trainer.lightning_module)}
+            metrics = {} if epoch_ended else metric_state(trainer.lightning_module)
+            own = {"random": random_state(), "metrics": metrics}
             save_durably(own, partial / rank_file(trainer.global_rank))
         except OSError as failure:
             error = failure

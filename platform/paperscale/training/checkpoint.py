@@ -17,7 +17,7 @@ import random
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from paperscale.data.index import sha256
 from paperscale.errors import UserError
@@ -140,6 +140,24 @@ def prune(folder: Path, keep_last: int) -> None:
         shutil.rmtree(doomed)
 
 
+class _Watched:
+    """A file that remembers why a write failed: torch's own error does not say."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        try:
+            return self.file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 def save_durably(state: Any, path: Path) -> None:
     """Write a ``torch.save`` file and wait until it is on the disk.
 
@@ -150,14 +168,18 @@ def save_durably(state: Any, path: Path) -> None:
 
     try:
         with path.open("wb") as file:
-            torch.save(state, file)
+            watched = _Watched(file)
+            try:
+                torch.save(state, watched)
+            except RuntimeError:
+                if watched.error is None:
+                    raise
+                raise watched.error from None
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as either
+    except OSError:
         path.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise
-        raise OSError(f"cannot write {path}: {error}") from error
+        raise
 
 
 def random_state() -> dict[str, Any]:

@@ -1,0 +1,126 @@
+"""Fixtures: a small set of shards that a network learns in seconds, and a clean folder of runs."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from paperscale.data.shards import MANIFEST, Manifest
+from paperscale.data.writer import write_atomically, write_split
+
+SIZES = {"train": 230, "val": 50, "test": 60}  # no multiple of a batch size, on purpose
+
+
+def image_of(split: str, number: int) -> tuple[np.ndarray, int]:
+    """An 8 x 8 image whose class is the brightest of its ten columns' positions; distinct for each sample."""
+    rng = np.random.default_rng([len(split), number])
+    image = rng.integers(0, 100, (8, 8), dtype=np.uint8)
+    label = number % 8
+    image[:, label] += 120
+    return image, label
+
+
+def samples(split: str):
+    def make(start: int, stop: int):
+        for number in range(start, stop):
+            image, label = image_of(split, number)
+            png = io.BytesIO()
+            Image.fromarray(image).save(png, "png")
+            yield {"__key__": f"{split}-{number:04d}", "png": png.getvalue(), "cls": str(label).encode()}
+
+    return make
+
+
+def write_set(folder: Path, per_shard: int = 37) -> Path:
+    splits = {s: write_split(folder, s, n, samples(s), per_shard=per_shard) for s, n in SIZES.items()}
+    image = {"height": 8, "width": 8, "channels": 1, "mean": [0.25], "std": [0.2]}
+    manifest = Manifest("tiny", splits, [str(c) for c in range(8)], image, {"source": "the test suite"})
+    write_atomically(folder / MANIFEST, manifest.to_json().encode())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set of shards that tests read but do not change."""
+    return write_set(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def own_shards(tmp_path: Path, tiny_shards: Path) -> Path:
+    """A set of shards that a test may damage."""
+    return Path(shutil.copytree(tiny_shards, tmp_path / "shards"))
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder of runs; W&B offline, whatever the machine's configuration."""
+    monkeypatch.setenv("PAPERSCALE_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path: Path, tiny_shards: Path) -> Path:
+    """A recipe that trains three epochs of eight steps in a second."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        f"""\
+# Tiny ResNet on columns   the test suite
+# run       paperscale fit tiny.yaml
+# needs     a second
+# paper     none
+# measured  none
+seed_everything: 3
+model:
+  class_path: paperscale.papers.resnet.ResNetClassifier
+  init_args:
+    network:
+      class_path: paperscale.papers.resnet.CifarResNet
+      init_args: {{n: 1, channels: 1, classes: 8}}
+    lr: 0.05
+    classes: 8
+data:
+  class_path: paperscale.data.ImageShards
+  init_args: {{path: {tiny_shards}, global_batch_size: 32, crop_padding: 1}}
+trainer: {{max_epochs: 3, log_every_n_steps: 1}}
+checkpoint: {{every_n_steps: 5}}
+"""
+    )
+    return path
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of one megabyte."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a real full disk needs root to mount a small file system")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def slurm_answers() -> str | None:
+    """Why the SLURM tests cannot run here, or None."""
+    if shutil.which("sbatch") is None:
+        return "no sbatch on PATH: `make cluster-up` installs and starts a SLURM on this machine"
+    result = subprocess.run(["sinfo", "-h", "-p", "debug", "-o", "%D"], capture_output=True, text=True)
+    if result.returncode or not result.stdout.strip().isdigit() or int(result.stdout) < 2:
+        return "no SLURM with two nodes in partition debug answers: `make cluster-up` starts one on this machine"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if any("slurm" in item.keywords for item in items) and (reason := slurm_answers()):
+        for item in items:
+            if "slurm" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))

@@ -1,0 +1,164 @@
+"""Shards on disk: written atomically and the same every time, readable by anyone, never wrong in silence."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from conftest import SIZES, image_of, samples, write_set
+
+from paperscale.data import index as shard_index
+from paperscale.data.images import decode
+from paperscale.data.shards import ShardSet, read_manifest, verify
+from paperscale.data.writer import write_split
+from paperscale.errors import UserError
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path, tiny_shards):
+    again = write_set(tmp_path / "again")
+    for path in tiny_shards.iterdir():
+        assert (again / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_every_sample_comes_back(tiny_shards):
+    shards = ShardSet(tiny_shards, "train")
+    number = 0
+    for shard, size in enumerate(shards.sizes):
+        for row in range(size):
+            sample = shards.read(shard, row)
+            image, label = image_of("train", number)
+            assert np.array_equal(decode(sample["png"])[:, :, 0], image)
+            assert int(sample["cls"]) == label
+            number += 1
+    assert number == SIZES["train"]
+
+
+def test_webdataset_reads_our_tars(tiny_shards):
+    urls = [str(path) for path in sorted(tiny_shards.glob("train-*.tar"))]
+    dataset = webdataset.WebDataset(urls, shardshuffle=False).decode("l8").to_tuple("png", "cls")
+    found = list(dataset)
+    assert len(found) == SIZES["train"]
+    image, label = image_of("train", 100)
+    assert np.array_equal(found[100][0], image)
+    assert found[100][1] == label
+
+
+def test_a_killed_writer_goes_on_after_the_last_complete_shard(tmp_path):
+    script = (
+        "import os, sys; sys.path.insert(0, sys.argv[2]); from pathlib import Path\n"
+        "from conftest import samples\nfrom paperscale.data.writer import write_split\n"
+        "def dying(start, stop):\n"
+        "    for n, s in enumerate(samples('train')(start, stop)):\n"
+        "        if start == 74 and n == 20: os.kill(os.getpid(), 9)\n"
+        "        yield s\n"
+        "write_split(Path(sys.argv[1]), 'train', 230, dying, per_shard=37)\n"
+    )
+    here = str(Path(__file__).parents[1])
+    result = subprocess.run([sys.executable, "-c", script, str(tmp_path / "set"), here], check=False)
+    assert result.returncode == -9
+    names = sorted(path.name for path in (tmp_path / "set").glob("*.tar"))
+    assert names == ["train-000000.tar", "train-000001.tar"]
+    kept = (tmp_path / "set/train-000000.tar").stat().st_mtime_ns
+    asked: list[int] = []
+
+    def counting(start, stop):
+        asked.append(start)
+        return samples("train")(start, stop)
+
+    write_split(tmp_path / "set", "train", 230, counting, per_shard=37)
+    assert asked == [74, 111, 148, 185, 222], "complete shards are not written again"
+    assert (tmp_path / "set/train-000000.tar").stat().st_mtime_ns == kept
+    whole = write_set(tmp_path / "whole")
+    for tar in (tmp_path / "set").glob("*.tar"):
+        assert tar.read_bytes() == (whole / tar.name).read_bytes()
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(UserError, match="does not exist; make one with `paperscale data prepare"):
+        ShardSet(tmp_path / "nowhere", "train")
+
+
+def test_foreign_folder(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"")
+    with pytest.raises(UserError, match=r"holds 1 tar files but no manifest\.json"):
+        ShardSet(tmp_path, "train")
+
+
+def test_missing_split_suggests_the_nearest(tiny_shards):
+    with pytest.raises(UserError, match=r"no split 'trian'.*did you mean 'train'"):
+        ShardSet(tiny_shards, "trian")
+
+
+def test_an_index_that_does_not_match_its_tar(own_shards):
+    tar = own_shards / "train-000001.tar"
+    tar.write_bytes(tar.read_bytes() + b"\0" * 512)
+    with pytest.raises(UserError, match=r"train-000001\.tar\.idx: made for a tar of \d+ bytes, train-000001\.tar has"):
+        ShardSet(own_shards, "train").read(1, 0)
+
+
+@pytest.mark.parametrize("damage", ["magic", "body", "cut", "missing"])
+def test_a_damaged_index(own_shards, damage):
+    path = own_shards / "train-000000.tar.idx"
+    content = bytearray(path.read_bytes())
+    if damage == "magic":
+        content[0] ^= 1
+    elif damage == "body":
+        content[-1] ^= 1
+    elif damage == "cut":
+        del content[-40:]
+    path.write_bytes(content) if damage != "missing" else path.unlink()
+    with pytest.raises(UserError, match=r"train-000000\.tar\.idx.*prepare the set again"):
+        ShardSet(own_shards, "train").read(0, 0)
+
+
+def test_a_flipped_byte_in_a_sample_is_caught_when_it_is_read(own_shards):
+    tar = own_shards / "train-000000.tar"
+    offset = int(shard_index.load(tar).members[5]["offset"][1])
+    content = bytearray(tar.read_bytes())
+    content[offset + 10] ^= 1
+    tar.write_bytes(content)
+    shards = ShardSet(own_shards, "train")
+    shards.read(0, 4)
+    with pytest.raises(UserError, match=rf"sample 5, field 'png' at byte {offset} is damaged"):
+        shards.read(0, 5)
+
+
+def test_verify_lists_every_damaged_shard(own_shards):
+    assert verify(own_shards) == []
+    (own_shards / "train-000000.tar").unlink()
+    tar = own_shards / "val-000000.tar"
+    content = bytearray(tar.read_bytes())
+    content[600] ^= 1
+    tar.write_bytes(content)
+    problems = verify(own_shards)
+    assert len(problems) == 2
+    assert "train-000000.tar is missing" in problems[0]
+    assert "val-000000.tar" in problems[1]
+    assert "SHA-256" in problems[1]
+
+
+def test_a_manifest_of_another_version_is_refused(own_shards):
+    manifest = json.loads((own_shards / "manifest.json").read_text())
+    (own_shards / "manifest.json").write_text(json.dumps({**manifest, "version": 99}))
+    with pytest.raises(UserError, match="version 99"):
+        read_manifest(own_shards)
+
+
+@pytest.mark.parametrize("change", ["truncated", "twice", "missing field"])
+def test_indexing_refuses_a_bad_tar(tmp_path, change):
+    tar = tmp_path / "bad.tar"
+    with webdataset.TarWriter(str(tar)) as writer:
+        for number in range(3):
+            sample = {"__key__": f"k{0 if change == 'twice' else number}", "png": b"x" * 9, "cls": b"1"}
+            if change == "missing field" and number == 2:
+                del sample["cls"]
+            writer.write(sample)
+    if change == "truncated":
+        tar.write_bytes(tar.read_bytes()[:1700])
+    with pytest.raises(UserError, match=r"bad\.tar: "):
+        shard_index.build(tar)

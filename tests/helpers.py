@@ -1,0 +1,108 @@
+"""Callbacks that recipes of the tests name, and ways to look at a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from paperscale.jobs.run import Run
+from paperscale.tracking.wandb import read_metrics
+
+
+class SignalAt(Callback):
+    """Sends this process a real signal after a step of the first attempt.
+
+    Args:
+        step: optimizer steps after which the signal is sent.
+        signal: its name.
+        rank: the only rank that gets it.
+    """
+
+    def __init__(self, step: int, signal: str = "SIGTERM", rank: int = 0):
+        self.step, self.signal, self.rank = step, signal, rank
+        self.first = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.first = trainer.global_step == 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.first and trainer.global_step == self.step - 1 and trainer.global_rank == self.rank:
+            os.kill(os.getpid(), getattr(signal, self.signal))
+
+
+class Slowly(Callback):
+    """Waits after each step, so that a test can do something to a running job."""
+
+    def __init__(self, seconds: float = 0.1):
+        self.seconds = seconds
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        time.sleep(self.seconds)
+
+
+class SampleLog(Callback):
+    """Writes the samples of each micro-step to ``samples-<rank>.jsonl`` in the run's directory."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch["cursor"].weight:
+            row = {"step": trainer.global_step, "samples": batch["sample"].tolist()}
+            path = Path(trainer.default_root_dir) / f"samples-{trainer.global_rank}.jsonl"
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def trained_samples(run: Run) -> dict[int, list[int]]:
+    """Return the samples of each step over all ranks; a step that was repeated counts once."""
+    by_rank: dict[tuple[int, str], list[int]] = {}
+    for path in sorted(run.path.glob("samples-*.jsonl")):
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            by_rank[row["step"], path.name] = row["samples"]
+    steps: dict[int, list[int]] = {}
+    for (step, _), samples in sorted(by_rank.items()):
+        steps.setdefault(step, []).extend(samples)
+    return steps
+
+
+def losses(run: Run) -> list[tuple[int, float]]:
+    """Return the logged training losses, in full precision."""
+    return [(row["step"], row["train/loss"]) for row in read_metrics(run.metrics) if "train/loss" in row]
+
+
+def rows(run: Run) -> list[dict[str, Any]]:
+    """Return all logged rows without the number of the attempt."""
+    return [{k: v for k, v in row.items() if k != "attempt"} for row in read_metrics(run.metrics)]
+
+
+def final_state(run: Run) -> dict[str, Any]:
+    """Return the model's and the optimizer's last state."""
+    newest = sorted(run.checkpoints.glob("step-*"))[-1]
+    state = torch.load(newest / "state.pt", weights_only=True)
+    momenta = state["optimizer_states"][0]["state"]
+    buffers = {f"momentum {key}": value["momentum_buffer"] for key, value in momenta.items()}
+    return {**state["state_dict"], **buffers, "schedule": torch.tensor(state["lr_schedulers"][0]["last_epoch"])}
+
+
+def equal(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def wait_for(condition: Any, seconds: float = 120, what: str = "") -> None:
+    """Wait until ``condition()`` is true.
+
+    Raises:
+        AssertionError: it has not become true in time.
+    """
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what or condition}"
+        time.sleep(0.1)

@@ -1,0 +1,185 @@
+"""Interrupted and resumed is bit-identical to uninterrupted (contract 2), wherever the interruption falls."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from helpers import equal, final_state, rows, trained_samples
+
+from paperscale.errors import FINISHED, REQUEUE, USER_ERROR
+from paperscale.jobs.run import Attempt, Run, RunInfo, create
+from paperscale.jobs.submit import resolve
+from paperscale.jobs.worker import Worker
+from paperscale.jobs.worker import main as work
+from paperscale.recipes import RecipeArguments
+from paperscale.training import signals
+from paperscale.training.checkpoint import newest_verified
+from paperscale.training.interruption import take_over_signals
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
+    signals.install()
+    signals.received = None
+    yield
+    signals.received = None
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def new_run(name: str, recipe: Path, *overrides: str) -> Run:
+    words = [str(recipe), "trainer.callbacks=[{class_path: helpers.SampleLog}]", "tracking.enabled=false", *overrides]
+    resolved = resolve(RecipeArguments.parse(words), world_size=1)
+    return create(RunInfo(name, "tiny", "here", "here", 1, 1, "abcd1234", time.time(), "test", str(Path.cwd())), resolved)
+
+
+def attempt(run: Run) -> int:
+    """Run one attempt in this process; return its exit code."""
+    signals.received = None
+    number = len(run.attempts()) + 1
+    (run.path / "attempts" / f"{number:04d}").mkdir()
+    return work(str(run.path), number)
+
+
+def at_step(step: int, name: str = "SIGTERM") -> str:
+    return f"trainer.callbacks+={{class_path: helpers.SignalAt, init_args: {{step: {step}, signal: {name}}}}}"
+
+
+@pytest.fixture
+def whole(runs, tiny_recipe) -> Run:
+    run = new_run("whole", tiny_recipe)
+    assert attempt(run) == FINISHED
+    return run
+
+
+@pytest.mark.parametrize("step", [1, 2, 5, 7, 8, 9, 15, 16, 17, 23])
+def test_bit_identical_after_an_interruption_at_any_step(whole, tiny_recipe, step):
+    """The run has three epochs of eight steps: 8 and 16 are an epoch's last, 9 and 17 the next one's first."""
+    run = new_run(f"cut-{step}", tiny_recipe, at_step(step))
+    assert attempt(run) == REQUEUE
+    assert Attempt(run.path / "attempts/0001").facts["reason"] == "SIGTERM"
+    assert attempt(run) == FINISHED
+    assert equal(final_state(run), final_state(whole))
+    assert rows(run) == rows(whole), "every loss and every metric, epoch means included"
+    assert trained_samples(run) == trained_samples(whole)
+    assert run.read_json("results.json").keys() == whole.read_json("results.json").keys()
+
+
+def test_a_signal_at_the_last_step_lets_the_run_finish(whole, tiny_recipe):
+    run = new_run("last", tiny_recipe, at_step(24))
+    assert attempt(run) == FINISHED
+    assert equal(final_state(run), final_state(whole))
+
+
+def test_a_crash_continues_from_the_last_checkpoint(whole, tiny_recipe):
+    run = new_run("crash", tiny_recipe, at_step(13, "SIGKILL"))
+    (run.path / "attempts/0001").mkdir()
+    command = [sys.executable, "-m", "paperscale.jobs.worker", str(run.path), "1"]
+    tests = str(Path(__file__).parents[1])
+    result = subprocess.run(command, env={**os.environ, "PYTHONPATH": tests}, check=False)
+    assert result.returncode == -signal.SIGKILL
+    assert attempt(run) == FINISHED
+    assert run.attempts()[1].facts["resumed_from"] == "step-00000010"
+    assert equal(final_state(run), final_state(whole))
+    assert rows(run) == rows(whole)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_and_named(whole, tiny_recipe, capfd):
+    run = new_run("damaged", tiny_recipe, at_step(13))
+    assert attempt(run) == REQUEUE
+    newest = run.checkpoints / "step-00000013/state.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert attempt(run) == FINISHED
+    facts = run.attempts()[1].facts
+    assert facts["resumed_from"] == "step-00000010"
+    assert "state.pt has" in facts["passed_over"][0]
+    assert "passed over step-00000013" in capfd.readouterr().out
+    assert equal(final_state(run), final_state(whole))
+
+
+def test_no_checkpoint_verifies_is_an_error_not_a_fresh_start(runs, tiny_recipe, capfd):
+    run = new_run("all-damaged", tiny_recipe, at_step(13))
+    assert attempt(run) == REQUEUE
+    for checkpoint in run.checkpoints.glob("step-*"):
+        (checkpoint / "state.pt").write_bytes(b"")
+    assert attempt(run) == USER_ERROR
+    assert "none of the 2 checkpoints" in capfd.readouterr().err
+
+
+def test_only_the_newest_checkpoints_are_kept(whole):
+    kept = sorted(path.name for path in whole.checkpoints.iterdir())
+    assert kept == ["step-00000020", "step-00000024"]
+
+
+def test_a_replaced_attempt_does_not_write(runs, tiny_recipe):
+    """A rank that was cut off from its cluster may live on after the run was started anew elsewhere."""
+    run = new_run("zombie", tiny_recipe)
+    (run.path / "attempts/0001").mkdir()
+    (run.path / "attempts/0002").mkdir()
+    assert Worker(run, Attempt(run.path / "attempts/0001")).run_attempt() == REQUEUE
+    assert not list(run.checkpoints.glob("step-*"))
+
+
+def test_random_numbers_continue(runs, tiny_recipe):
+    """Dropout and other draws of a model go on where they stopped."""
+    noisy = "trainer.callbacks+={class_path: test_resume.Noise}"
+    whole = new_run("noisy", tiny_recipe, noisy)
+    assert attempt(whole) == FINISHED
+    cut = new_run("noisy-cut", tiny_recipe, noisy, at_step(11))
+    assert attempt(cut) == REQUEUE
+    torch.manual_seed(999)
+    assert attempt(cut) == FINISHED
+    assert equal(final_state(cut), final_state(whole))
+
+
+def test_another_order_of_samples_is_refused(runs, tiny_recipe, capfd):
+    run = new_run("changed", tiny_recipe, at_step(11))
+    assert attempt(run) == REQUEUE
+    run.recipe.write_text(run.recipe.read_text().replace("global_batch_size: 32", "global_batch_size: 16"))
+    assert attempt(run) == USER_ERROR
+    assert "data.global_batch_size=32, this run has 16" in capfd.readouterr().err
+
+
+def test_lightning_handles_no_signal(runs, tiny_recipe):
+    trainer = Trainer(logger=False, enable_checkpointing=False)
+    take_over_signals(trainer)
+    trainer._signal_connector.register_signal_handlers()
+    assert signal.getsignal(signal.SIGTERM) is signals._raise_flag
+    del trainer._signal_connector.register_signal_handlers
+    trainer._signal_connector.__class__ = type("Moved", (), {})
+    with pytest.raises(RuntimeError, match=r"has no Moved\.register_signal_handlers"):
+        take_over_signals(trainer)
+
+
+class Noise(Callback):
+    """Adds random noise to the weights at every step."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        weight = next(pl_module.parameters())
+        weight.data += 0.001 * torch.randn_like(weight)
+
+
+def test_a_full_disk_loses_nothing(whole, tiny_recipe, small_disk, capfd):
+    run = new_run("full", tiny_recipe)
+    run.checkpoints.rmdir()
+    run.checkpoints.symlink_to(small_disk)
+    filler = small_disk / "filler"
+    filler.write_bytes(b"\0" * (600 << 10))  # room for one checkpoint, not for two
+    assert attempt(run) == USER_ERROR
+    out, err = capfd.readouterr()
+    assert out.count("WARNING checkpoint at step") == 4, "training went on"
+    assert "error: checkpoint at step 24 not written: [Errno 28] No space left on device" in err
+    assert "free space, then `paperscale resume full`" in err
+    assert newest_verified(run.checkpoints) == (run.checkpoints / "step-00000005", [])
+    filler.unlink()
+    assert attempt(run) == FINISHED
+    assert equal(final_state(run), final_state(whole))
