@@ -55,7 +55,7 @@ class SampleLog(Callback):
     ) -> None:
         if batch["cursor"].weight:
             row = {"step": trainer.global_step, "samples": batch["sample"].tolist()}
-            path = Path(trainer.default_root_dir) / f"samples-{trainer.global_rank}.jsonl"
+            path = Path(trainer.default_root_dir).parents[1] / f"samples-{trainer.global_rank}.jsonl"
             with path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
@@ -106,3 +106,50 @@ def wait_for(condition: Any, seconds: float = 120, what: str = "") -> None:
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what or condition}"
         time.sleep(0.1)
+
+
+class Broken(Callback):
+    """Fails as a defect in a user's code does."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        print(1 / 0)
+
+
+class KillAlways(Callback):
+    """Kills the process at the first step of every attempt."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class SkewedSignal(SignalAt):
+    """Sends every rank the signal, and lets each rank fall ``seconds`` behind the one before it.
+
+    Args:
+        step: optimizer steps after which the signals are sent.
+        signal: their name.
+        seconds: skew between ranks.
+    """
+
+    def __init__(self, step: int, signal: str, seconds: float):
+        super().__init__(step, signal)
+        self.seconds = seconds
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.first and trainer.global_step == self.step - 1:
+            time.sleep(self.seconds * trainer.global_rank)
+            os.kill(os.getpid(), getattr(signal, self.signal))
+
+
+class SignalInTest(Callback):
+    """Sends the signal while the test split is scored, when training is done.
+
+    Args:
+        signal: its name.
+    """
+
+    def __init__(self, signal: str):
+        self.signal = signal
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        os.kill(os.getpid(), getattr(signal, self.signal))

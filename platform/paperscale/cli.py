@@ -72,7 +72,9 @@ def _parse(parser: Parser, words: list[str]) -> argparse.Namespace:
         namespace = command.parse_intermixed_args(words[1:])
         namespace.words = words
         return namespace
-    namespace = parser.parse_args(words)
+    namespace, unknown = parser.parse_known_args(words)
+    if unknown:
+        _subparser(parser, words[0]).error(f"unrecognized arguments: {' '.join(unknown)}")
     namespace.words = words
     return namespace
 

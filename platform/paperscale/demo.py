@@ -16,6 +16,7 @@ from paperscale.data.prepare import prepare
 from paperscale.data.shards import ShardSet
 from paperscale.errors import FAILED, FINISHED, UserError
 from paperscale.jobs.drill import preempt
+from paperscale.jobs.engines import ENGINES
 from paperscale.jobs.run import Run
 from paperscale.jobs.status import LIVE, status
 from paperscale.jobs.submit import Shape, submit
@@ -80,9 +81,8 @@ def _watch(run: Run, console: Console) -> None:
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("starting", total=None, fact="")
-        last_check = time.monotonic()
-        while not (run.path / "results.json").exists():
-            time.sleep(0.2)
+        while status(run).state != "finished" or ENGINES[run.info.engine].state(run.job or "").state == "running":
+            time.sleep(0.3)
             attempts, facts = run.attempts(), run.read_json("progress.json")
             if facts and facts["attempt"] == len(attempts):
                 loss = f"loss {facts['loss']:.3f}  " if facts["loss"] is not None else ""
@@ -97,15 +97,9 @@ def _watch(run: Run, console: Console) -> None:
                     interrupted = True
                     preempt(run)
                     progress.console.print("[yellow]SIGTERM[/] sent, as by a scheduler that takes the nodes back")
-            if time.monotonic() - last_check > 5:
-                last_check = time.monotonic()
-                _check_alive(run)
-
-
-def _check_alive(run: Run) -> None:
-    now = status(run)
-    if now.state not in (*LIVE, "finished"):
-        raise UserError(f"run '{run.name}' {now.state}: {now.detail}; see `paperscale logs {run.name}`")
+            now = status(run)
+            if now.state not in (*LIVE, "finished"):
+                raise UserError(f"run '{run.name}' {now.state}: {now.detail}; see `paperscale logs {run.name}`")
 
 
 def _show_continuation(run: Run, data: Path, console: Console) -> None:

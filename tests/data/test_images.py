@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SIZES, image_of
 
+from conftest import SIZES, image_of
 from paperscale.data import ImageShards
 from paperscale.errors import UserError
 

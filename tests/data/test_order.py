@@ -105,7 +105,20 @@ def test_reading_stays_inside_the_window():
 
 def test_the_order_never_changes():
     """Pinned: a run that is resumed with a later release must see the same order."""
-    assert SampleOrder([5, 3, 4], seed=42, window=8).samples(2, 0, 12).tolist() == [3, 0, 10, 2, 8, 11, 9, 1, 5, 6, 7, 4]
+    assert SampleOrder([5, 3, 4], seed=42, window=8).samples(2, 0, 12).tolist() == [
+        3,
+        0,
+        10,
+        2,
+        8,
+        11,
+        9,
+        1,
+        5,
+        6,
+        7,
+        4,
+    ]
     assert hash64(1, 2, 3).item() == 15020427595393229491
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from conftest import SIZES, image_of, samples, write_set
 
+from conftest import SIZES, image_of, samples, write_set
 from paperscale.data import index as shard_index
 from paperscale.data.images import decode
 from paperscale.data.shards import ShardSet, read_manifest, verify

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from paperscale.errors import UserError
+from paperscale.jobs.environment import JobEnvironment
 from paperscale.jobs.run import Run
 from paperscale.training.callbacks import StateIO
 from paperscale.training.checkpoint import newest_verified, verify
@@ -36,8 +37,14 @@ def evaluate(stage: str, run: Run | None, recipe: list[str], checkpoint: Path | 
         raise UserError(f"no checkpoint to {stage}: name a run (`paperscale runs`) or give --checkpoint FOLDER")
     manifest = verify(checkpoint)
     cli = RecipeCLI(recipe)
-    config = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "devices": 1}
-    trainer: Trainer = cli.trainer_for(**config, plugins=[StateIO()], enable_progress_bar=True)
+    trainer: Trainer = cli.trainer_for(
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        devices=1,
+        plugins=[JobEnvironment(), StateIO()],
+        default_root_dir=str(checkpoint),  # in a job, Lightning loads any hpc_ckpt_* that it finds there
+    )
     state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
     cli.model.load_state_dict(state["state_dict"])
     if stage == "predict":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
 from pathlib import Path
+from typing import Any, TextIO
 
 from paperscale.errors import FINISHED, REQUEUE
 from paperscale.jobs.engines import process_id
@@ -30,6 +32,21 @@ def fit(recipe: RecipeArguments, name: str | None, command: str) -> int:
     return train_here(create(info, resolved))
 
 
+class _Tee:
+    """Writes to the terminal and to the attempt's log."""
+
+    def __init__(self, terminal: TextIO, log: TextIO):
+        self.terminal, self.log = terminal, log
+
+    def write(self, text: str) -> int:
+        """Write to both."""
+        self.log.write(text)
+        return self.terminal.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.terminal, name)
+
+
 def train_here(run: Run) -> int:
     """Train one attempt of a run in this process; Ctrl-C checkpoints and stops."""
     from paperscale.jobs import worker
@@ -41,7 +58,10 @@ def train_here(run: Run) -> int:
     attempt = Attempt(run.path / "attempts" / f"{len(run.attempts()) + 1:04d}")
     attempt.path.mkdir()
     print(f"run {run.name} in {run.path}")
-    code = worker.main(str(run.path), attempt.number)
+    with attempt.log().open("a", buffering=1) as log:
+        out, err = _Tee(sys.stdout, log), _Tee(sys.stderr, log)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = worker.main(str(run.path), attempt.number)
     (attempt.path / "exit_code").write_text(f"{code}\n")
     if code == REQUEUE:
         print(f"stopped; continue with `paperscale resume {run.name}`")

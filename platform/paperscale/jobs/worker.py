@@ -144,7 +144,8 @@ class Worker:
             "plugins": [JobEnvironment(), io],
             "logger": loggers,
             "accumulate_grad_batches": cli.datamodule.accumulate(world_size),  # type: ignore[attr-defined]
-            "default_root_dir": str(self.run.path),
+            # a folder of this attempt alone: on SLURM, Lightning resumes from any hpc_ckpt_* that it finds in it
+            "default_root_dir": str(self.attempt.path),
             "enable_checkpointing": True,
             "enable_progress_bar": False,
             "enable_model_summary": False,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -96,12 +97,16 @@ class GuardedWandbLogger(WandbLogger):
         segments = sorted((self._run_dir / "wandb").glob("offline-run-*"))
         if not rows or not segments:
             return
-        with self.guarded():
-            written = {_row_key(row["trainer/global_step"], row) for row in read_segment(segments[-1]).history}
-            for row in rows:
-                values = {key: value for key, value in row.items() if key not in ("step", "attempt")}
-                if _row_key(row["step"], values) not in written:
-                    self.log_metrics(values, row["step"])
+        try:
+            history = read_segment(segments[-1]).history
+        except (OSError, ValueError, subprocess.CalledProcessError) as error:
+            self.say(f"WARNING {segments[-1]} cannot be read back ({error}); rows it lacks are in metrics.jsonl")
+            return
+        written = {_row_key(row["trainer/global_step"], row) for row in history if "trainer/global_step" in row}
+        for row in rows:
+            values = {key: value for key, value in row.items() if key not in ("step", "attempt")}
+            if _row_key(row["step"], values) not in written:
+                self.log_metrics(values, row["step"])
 
     @rank_zero_only
     def finish(self, exit_code: int) -> None:

@@ -41,5 +41,5 @@ def read_segment(folder: Path) -> Segment:
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     records = [json.loads(line) for line in output.splitlines()]
     run: dict[str, Any] = next((record["run"] for record in records if record["type"] == "run"), {})
-    history = [record["history"] for record in records if record["type"] == "history"]
+    history = [record["history"]["item"] for record in records if record["type"] == "history"]
     return Segment(run.get("run_id", ""), run.get("display_name", ""), history)

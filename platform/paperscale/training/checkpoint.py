@@ -17,7 +17,7 @@ import random
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 from paperscale.data.index import sha256
 from paperscale.errors import UserError
@@ -170,7 +170,7 @@ def save_durably(state: Any, path: Path) -> None:
         with path.open("wb") as file:
             watched = _Watched(file)
             try:
-                torch.save(state, watched)
+                torch.save(state, cast(IO[bytes], watched))
             except RuntimeError:
                 if watched.error is None:
                     raise

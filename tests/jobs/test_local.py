@@ -1,0 +1,138 @@
+"""The life of a run on the local cluster: real processes, real signals, the same script as on SLURM."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers import equal, final_state, rows, trained_samples, wait_for
+from jobs.conftest import callback, ended
+from paperscale.errors import UserError
+from paperscale.jobs.drill import preempt
+from paperscale.jobs.resume import resume
+from paperscale.jobs.run import Run
+from paperscale.jobs.status import cancel, follow, status
+from paperscale.tracking.wandb_files import read_runs
+
+_whole: list[Run] = []
+
+
+@pytest.fixture
+def whole(submit_tiny) -> Run:
+    """The uninterrupted run on two processes, trained once for all tests."""
+    if not _whole:
+        run = submit_tiny("whole", "tracking.enabled=false")
+        assert ended(run) == "finished"
+        _whole.append(run)
+    return _whole[0]
+
+
+def test_a_signal_to_one_rank_is_enough_and_nothing_is_lost(submit_tiny, whole):
+    run = submit_tiny("cut", callbacks=(callback("SignalAt", step=11, rank=1),))
+    assert ended(run) == "finished"
+    first, second = run.attempts()
+    assert (first.exit_code, second.exit_code) == (75, 0)
+    assert first.facts["reason"] == "SIGTERM to rank 1"
+    assert equal(final_state(run), final_state(whole)), "bit for bit"
+    assert rows(run) == rows(whole)
+    assert trained_samples(run) == trained_samples(whole)
+    segments = read_runs(run.path / "wandb")
+    assert {(segment.run_id, segment.name) for segment in segments} == {(run.info.wandb_id, "cut")}, "one W&B run"
+    logged = [row for segment in segments for row in segment.history]
+    assert len(logged) == len(rows(run)), "over all segments each row once"
+    assert [r["train/loss"] for r in logged if "train/loss" in r] == pytest.approx(
+        [r["train/loss"] for r in rows(run) if "train/loss" in r]
+    )
+
+
+def test_a_killed_rank_ends_the_others_and_the_run_goes_on(submit_tiny, whole):
+    run = submit_tiny(
+        "killed", "tracking.enabled=false", callbacks=(callback("SignalAt", step=13, signal="SIGKILL", rank=1),)
+    )
+    assert ended(run) == "finished"
+    assert run.attempts()[0].exit_code == 137
+    assert run.attempts()[1].facts["resumed_from"] == "step-00000010"
+    assert equal(final_state(run), final_state(whole))
+    assert rows(run) == rows(whole)
+
+
+def test_an_error_is_not_run_again(submit_tiny):
+    run = submit_tiny("broken", "tracking.enabled=false", callbacks=(callback("Broken"),))
+    assert ended(run) == "failed"
+    assert len(run.attempts()) == 1
+    assert "ZeroDivisionError" in run.attempts()[0].log().read_text()
+    assert "failed for good (exit code 1)" in (run.path / "job.log").read_text()
+
+
+def test_attempts_without_progress_are_stopped(submit_tiny):
+    run = submit_tiny("stuck", "tracking.enabled=false", callbacks=(callback("KillAlways"),), procs_per_node=1)
+    assert ended(run) == "stopped"
+    assert [attempt.exit_code for attempt in run.attempts()] == [137] * 3
+    assert "3 attempts in a row without a new checkpoint" in (run.path / "job.log").read_text()
+
+
+def test_cancel_checkpoints_and_is_not_run_again_until_resumed(submit_tiny, whole):
+    run = submit_tiny("cancelled", "tracking.enabled=false", callbacks=(callback("Slowly", seconds=0.2),))
+    wait_for(lambda: run.read_json("progress.json").get("step", 0) >= 3)
+    cancel(run)
+    assert status(run).state == "cancelled"
+    step = int(sorted(run.checkpoints.glob("step-*"))[-1].name[-8:])
+    assert 3 <= step < 24
+    with pytest.raises(UserError, match="is cancelled: nothing to cancel"):
+        cancel(run)
+    assert resume(run, {}) is None
+    assert ended(run) == "finished"
+    assert equal(final_state(run), final_state(whole))
+    with pytest.raises(UserError, match="is finished"):
+        resume(run, {})
+
+
+def test_another_number_of_processes_trains_on_the_same_global_batches(submit_tiny, whole):
+    run = submit_tiny("elastic", "tracking.enabled=false", callbacks=(callback("Slowly", seconds=0.2),))
+    wait_for(lambda: run.read_json("progress.json").get("step", 0) >= 3)
+    cancel(run)
+    resume(run, {"procs_per_node": 3})
+    wait_for(lambda: run.read_json("progress.json").get("step", 0) >= 9 and len(run.attempts()) == 2)
+    cancel(run)
+    resume(run, {"procs_per_node": 1})
+    assert ended(run) == "finished"
+    assert [len(list(attempt.path.glob("rank-*.log"))) for attempt in run.attempts()] == [2, 3, 1]
+    assert trained_samples(run) == trained_samples(whole)
+
+
+def test_drill_preempts_a_running_job(submit_tiny):
+    run = submit_tiny("drilled", "tracking.enabled=false", callbacks=(callback("Slowly", seconds=0.1),))
+    wait_for(lambda: run.read_json("progress.json").get("step", 0) >= 2)
+    assert "sent SIGTERM" in preempt(run)
+    assert ended(run) == "finished"
+    assert run.attempts()[0].exit_code == 75
+    text = "".join(follow(run, rank=0, attempt=None, forever=False))
+    assert "continues from step-" in text
+    whole_log = "".join(follow(run, rank=0, attempt=1, forever=False))
+    assert "interrupted by SIGTERM" in whole_log
+    with pytest.raises(UserError, match="attempts 1 to 2, not 7"):
+        next(follow(run, rank=0, attempt=7, forever=False))
+
+
+def test_a_run_keeps_the_code_it_was_submitted_with(submit_tiny, tmp_path, monkeypatch):
+    project = tmp_path / "project"
+    project.mkdir()
+    subprocess.run(["git", "init", "-q", project], check=True)
+    (project / ".gitignore").write_text("big\n")
+    (project / "big").write_text("data")
+    (project / "mine.py").write_text("version = 1\n")  # not even added to git
+    monkeypatch.chdir(project)
+    run = submit_tiny("snapshot", "tracking.enabled=false", "trainer.max_steps=1", procs_per_node=1)
+    (project / "mine.py").write_text("version = 2\n")
+    assert (run.path / "code/mine.py").read_text() == "version = 1\n"
+    assert not (run.path / "code/big").exists()
+    line = next(line for line in run.script.read_text().splitlines() if line.startswith("export PYTHONPATH"))
+    code = "import paperscale, mine; print(paperscale.__file__, mine.version)"
+    show = f'run={run.path}; {line}; cd /; "{sys.executable}" -c "{code}"'
+    found = subprocess.run(["bash", "-c", show], capture_output=True, text=True, check=True).stdout.split()
+    assert Path(found[0]).is_relative_to(run.path / "code")
+    assert found[1] == "1"
+    assert ended(run) == "finished"
