@@ -205,8 +205,9 @@ def test_shell_completion_completes_commands_recipes_and_clusters(tmp_path):
     def complete(line: str) -> list[str]:
         script = f"""
             eval "$(paperscale completion bash)"
-            COMP_LINE='{line}'; COMP_POINT=${{#COMP_LINE}}; COMP_WORDS=($COMP_LINE '')
-            COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); COMP_TYPE=9; _python_argcomplete paperscale; printf '%s\\n' "${{COMPREPLY[@]}}"
+            COMP_LINE='{line}'; COMP_POINT=${{#COMP_LINE}}; COMP_WORDS=($COMP_LINE ''); COMP_TYPE=9
+            COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _python_argcomplete paperscale
+            printf '%s\\n' "${{COMPREPLY[@]}}"
         """
         env = {**os.environ, "PATH": f"{bin_dir}:{os.environ['PATH']}"}
         result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=env, check=True)

@@ -264,11 +264,13 @@ def run_fit(args: argparse.Namespace) -> int:
 
 def run_evaluate(args: argparse.Namespace) -> int:
     """Validate, test or predict."""
-    from paperscale.jobs.run import all_runs, find_run
+    from paperscale.jobs.run import find_run, runs_dir
     from paperscale.recipes import RecipeArguments, all_recipes
 
     stage, first, rest = args.words[0], args.recipe[0], args.recipe[1:]
-    run = find_run(first) if first not in all_recipes() or first in {run.name for run in all_runs()} else None
+    is_run = (runs_dir() / first / "run.json").exists()
+    is_recipe = not is_run and (first in all_recipes() or first.endswith((".yaml", ".yml")))
+    run = None if is_recipe else find_run(first)
     source = [str(run.recipe)] if run else [first]
     from paperscale.jobs.evaluate import evaluate
 

@@ -27,6 +27,10 @@ class Interrupted(Exception):
     """Raised on every rank at the step they agreed on, after the checkpoint is durable."""
 
 
+class Superseded(Exception):
+    """A newer attempt has taken over the run: this one must neither write nor ask to be run again."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the nearest known name, or an empty string."""
     known = list(known)

@@ -46,6 +46,13 @@ def at_least(run: Run, step: int) -> None:
     wait_for(lambda: run.read_json("progress.json").get("step", 0) >= step, what=f"step {step} of {run.name}")
 
 
+def nodes_are_back() -> bool:
+    """Ask for the node; SLURM refuses while it is on its way up by itself."""
+    subprocess.run(["scontrol", "update", "nodename=n2", "state=resume"], check=False, capture_output=True)
+    states = subprocess.run(["sinfo", "-h", "-N", "-p", "debug", "-o", "%T"], capture_output=True, text=True).stdout
+    return not any(word in states for word in ("down", "drain", "unknown"))
+
+
 def log(run: Run) -> str:
     return (run.path / "job.log").read_text()
 
@@ -122,7 +129,7 @@ def test_fact_5_a_run_on_lost_nodes_continues_from_its_newest_checkpoint(submit,
     try:
         wait_for(lambda: status(run).state == "queued", 60, "the run is requeued")
     finally:
-        subprocess.run(["scontrol", "update", "nodename=n2", "state=resume"], check=True)
+        wait_for(nodes_are_back, 60, "the node is up again")
     continued(run, whole)
 
 

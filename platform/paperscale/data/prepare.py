@@ -77,7 +77,7 @@ DATASETS = {
         "Fashion-MNIST",
         (
             Web(
-                "https://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
+                "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
                 dict(
                     zip(
                         _IDX_FILES,

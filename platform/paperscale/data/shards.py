@@ -107,6 +107,20 @@ class ShardSet:
         """Return the number of samples of each shard."""
         return [shard.samples for shard in self.shards]
 
+    def check(self) -> None:
+        """Compare the size of every shard with the manifest's; costs one look at each file.
+
+        Raises:
+            UserError: a shard or its index is missing, or the shard has another size than when it was written.
+        """
+        for shard in self.shards:
+            tar = self.folder / shard.name
+            for path in (tar, tar.with_name(tar.name + shard_index.SUFFIX)):
+                if not path.is_file():
+                    raise UserError(f"{path} is missing; prepare the set again (`paperscale data prepare`)")
+            if (size := tar.stat().st_size) != shard.bytes:
+                raise UserError(f"{tar}: has {size} bytes, {shard.bytes} were written; prepare the set again")
+
     def read(self, shard: int, row: int) -> dict[str, bytes]:
         """Return the members of one sample, by field, each checked against the index's checksum.
 

@@ -146,12 +146,15 @@ class Local:
     def interrupt(self, run: Run, number: signal.Signals) -> None:
         """Signal the launcher, which passes it on to every rank."""
         attempts = run.attempts()
-        with contextlib.suppress(OSError, IndexError, ValueError):
+        try:
             os.kill(int((attempts[-1].path / "launcher.pid").read_text()), number)
+        except (OSError, IndexError, ValueError) as error:
+            raise UserError(f"run '{run.name}' has no processes at the moment; try again") from error
 
     def cancel(self, run: Run) -> None:
         """Let the training checkpoint and end; end by force what does not."""
-        self.interrupt(run, signal.SIGTERM)
+        with contextlib.suppress(UserError):
+            self.interrupt(run, signal.SIGTERM)
         deadline = time.monotonic() + 30
         while run.job and self.state(run.job).state == "running":
             if time.monotonic() > deadline:

@@ -104,7 +104,10 @@ def _read_from(path: Path, offset: int) -> tuple[str, int]:
 
 
 def print_log(run: Run, rank: int, attempt: int | None, forever: bool) -> None:
-    """Print a rank's log."""
+    """Print a rank's log, or what the job script said where it did not come to that."""
+    if not forever and not list(run.path.glob("attempts/*/rank-*.log")) and (run.path / "job.log").exists():
+        sys.stdout.write((run.path / "job.log").read_text())
+        return
     for text in follow(run, rank, attempt, forever):
         sys.stdout.write(text)
         sys.stdout.flush()

@@ -84,8 +84,9 @@ def resolve(arguments: RecipeArguments, world_size: int) -> str:
             "trainer.devices and trainer.num_nodes are the job's: "
             "use --nodes and --procs-per-node of `paperscale submit`"
         )
-    cli.datamodule.shards("train")  # type: ignore[attr-defined]
-    cli.datamodule.accumulate(world_size)  # type: ignore[attr-defined]
+    cli.datamodule.check()
+    cli.datamodule.accumulate(world_size)
+    cli.config.data.init_args.path = str(Path(cli.datamodule.path).absolute())
     return cli.resolved()
 
 

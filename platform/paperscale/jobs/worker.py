@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paperscale.data.writer import write_atomically
-from paperscale.errors import FAILED, FINISHED, REQUEUE, USER_ERROR, Interrupted, UserError
+from paperscale.errors import FAILED, FINISHED, REQUEUE, USER_ERROR, Interrupted, Superseded, UserError
 from paperscale.jobs.run import Attempt, Run
 from paperscale.training.checkpoint import newest_verified, read_manifest
 
@@ -37,9 +37,9 @@ def main(run_dir: str, attempt_number: int) -> int:
     attempt = Attempt(run.path / "attempts" / f"{attempt_number:04d}")
     try:
         code = Worker(run, attempt).run_attempt()
-    except Interrupted as reason:
+    except Superseded as reason:
         print(reason, flush=True)
-        code = REQUEUE
+        code = FAILED
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = USER_ERROR
@@ -143,7 +143,7 @@ class Worker:
             "num_nodes": self.info.nodes,
             "plugins": [JobEnvironment(), io],
             "logger": loggers,
-            "accumulate_grad_batches": cli.datamodule.accumulate(world_size),  # type: ignore[attr-defined]
+            "accumulate_grad_batches": cli.datamodule.accumulate(world_size),
             # a folder of this attempt alone: on SLURM, Lightning resumes from any hpc_ckpt_* that it finds in it
             "default_root_dir": str(self.attempt.path),
             "enable_checkpointing": True,

@@ -17,8 +17,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
+from paperscale.data import ShardStream
 from paperscale.data.writer import write_atomically
-from paperscale.errors import Interrupted, UserError
+from paperscale.errors import Interrupted, Superseded, UserError
 from paperscale.training.checkpoint import (
     CheckpointOptions,
     prune,
@@ -82,7 +83,7 @@ class StreamPosition(Callback):
         datamodule(trainer).consumed = batch["cursor"].consumed
 
 
-def datamodule(trainer: Trainer) -> Any:
+def datamodule(trainer: Trainer) -> ShardStream:
     """Return the run's DataModule."""
     return trainer.datamodule  # type: ignore[attr-defined]
 
@@ -177,7 +178,7 @@ class Checkpointing(Checkpoint):
 
         Raises:
             UserError: it failed and the run is stopping or has ended, so that nothing would come after it.
-            Interrupted: this attempt has been replaced by a newer one.
+            Superseded: a newer attempt of the run has started.
         """
         step = trainer.global_step
         if step == self._saved_step:
@@ -240,7 +241,7 @@ class Checkpointing(Checkpoint):
                 error = str(failure)
         error, current = trainer.strategy.broadcast((error, current))
         if not current:
-            raise Interrupted("a newer attempt of this run has started; this one must not write")
+            raise Superseded("a newer attempt of this run has started: this one stops without writing")
         return error
 
 
@@ -258,12 +259,14 @@ class ProgressReport(Callback):
         self.path, self.attempt, self.say, self.every_s = path, attempt, say, every_s
         self.trained_samples = 0
         self.trained_seconds = 0.0
+        self._consumed = 0
         self._batch_started = 0.0
         self._written = self._printed = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to count."""
         self._batch_started = time.monotonic()
+        self._consumed = datamodule(trainer).consumed
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -272,7 +275,8 @@ class ProgressReport(Callback):
         now = time.monotonic()
         self.trained_seconds += now - self._batch_started
         self._batch_started = now
-        self.trained_samples += len(batch["sample"]) * trainer.world_size
+        self.trained_samples += batch["cursor"].consumed - self._consumed
+        self._consumed = batch["cursor"].consumed
         if now - self._written >= 1:
             self._written = now
             self.write(trainer)

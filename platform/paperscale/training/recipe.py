@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from jsonargparse import ArgumentError
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from paperscale.data import ShardStream
 from paperscale.errors import UserError, nearest
 from paperscale.training.checkpoint import CheckpointOptions
 from paperscale.training.quiet import quiet_libraries
@@ -85,7 +86,12 @@ class RecipeCLI(LightningCLI):
         if not self.build:
             return
         self.config_init = self.parser.instantiate_classes(self.config)
-        self.datamodule: LightningDataModule = self._get(self.config_init, "data")
+        self.datamodule: ShardStream = self._get(self.config_init, "data")
+        if not isinstance(self.datamodule, ShardStream):
+            raise UserError(
+                f"data.class_path: {type(self.datamodule).__name__} cannot be resumed exactly; use a DataModule of "
+                "paperscale.data, or one that derives from paperscale.data.ShardStream"
+            )
         self.model: LightningModule = self._get(self.config_init, "model")
 
     def trainer_for(self, **settings: Any) -> Trainer:
@@ -135,11 +141,16 @@ def _plain(value: str) -> str:
     return f"{nested[1]}={nested[2]}" if nested else f"'{value}'"
 
 
-def _parameters(class_path: str) -> list[str]:
-    """Return the names that a class's constructor takes."""
+def _parameters(class_path: str) -> set[str]:
+    """Return the names that a class's constructor takes, those that it passes on to its bases included."""
     module, _, name = class_path.rpartition(".")
-    constructor = getattr(importlib.import_module(module), name).__init__
-    return [name for name in inspect.signature(constructor).parameters if name != "self"]
+    found: set[str] = set()
+    for kind in getattr(importlib.import_module(module), name).__mro__:
+        parameters = inspect.signature(kind.__init__).parameters.values()
+        found |= {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+        if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+            break
+    return found - {"self"}
 
 
 def known_keys(parser: LightningArgumentParser) -> Iterator[str]:

@@ -1,0 +1,61 @@
+"""What the repository says is what it does."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from paperscale.cli import build_parser
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+
+
+def commands_in(path: Path) -> list[str]:
+    """The shell lines of a document's code blocks."""
+    blocks = re.findall(r"```(?:bash|sh|console)?\n(.*?)```", path.read_text(), re.DOTALL)
+    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_in_the_documents_exists(document):
+    choices = next(a.choices for a in build_parser()._actions if a.dest not in ("help", "version"))
+    targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for line in commands_in(document):
+        words = line.split()
+        if words[:1] == ["paperscale"]:
+            assert words[1] in choices, line
+        if words[:1] == ["make"]:
+            assert next(word for word in words[1:] if "=" not in word) in targets, line
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_file_that_the_documents_link_to_exists(document):
+    for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+        assert (ROOT / target).exists(), target
+
+
+def test_papers_know_nothing_of_jobs_and_data_nothing_of_papers():
+    """Imports run one way: cli -> jobs, tracking -> training -> papers -> nn, data."""
+    allowed = {
+        "data": {"data"},
+        "nn": {"nn"},
+        "papers": {"papers", "nn", "data"},
+        "training": {"training", "papers", "nn", "data"},
+        "tracking": {"tracking", "training", "papers", "nn", "data"},
+    }
+    package = ROOT / "platform/paperscale"
+    parts = {path.name for path in package.iterdir() if path.is_dir()}
+    for part, may_import in allowed.items():
+        for path in (package / part).rglob("*.py"):
+            found = set(re.findall(r"(?:from|import) paperscale\.(\w+)", path.read_text())) & parts
+            assert found <= may_import, f"{path} imports {found - may_import}"
+
+
+def test_the_dev_cluster_script_explains_itself():
+    result = subprocess.run([ROOT / "cluster/dev/devcluster"], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "devcluster up [N]" in result.stdout
