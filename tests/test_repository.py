@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from paperscale.cli import build_parser
+from paperscale.cli import build_parser, main
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
@@ -59,3 +59,9 @@ def test_the_dev_cluster_script_explains_itself():
     result = subprocess.run([ROOT / "cluster/dev/devcluster"], capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "devcluster up [N]" in result.stdout
+
+
+def test_the_readme_shows_the_recipes_as_they_are(capsys):
+    assert main(["recipes", "--markdown"]) == 0
+    for row in capsys.readouterr().out.splitlines():
+        assert row in (ROOT / "README.md").read_text(), "paste the table of `paperscale recipes --markdown`"

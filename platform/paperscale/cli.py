@@ -201,6 +201,7 @@ def _run_argument(parser: Parser) -> None:
 def _add_others(add: Callable[[str, Command, str], Parser]) -> None:
     recipes = add("recipes", run_recipes, "list the recipes, the papers' numbers and ours")
     recipes.add_argument("--json", action="store_true", help="print JSON")
+    recipes.add_argument("--markdown", action="store_true", help="print the table of the README")
     data = add("data", lambda _: FAILED, "prepare and check shards")
     actions = data.add_subparsers(title="actions", metavar="ACTION", required=True, parser_class=Parser)
     prepare = actions.add_parser("prepare", help="fetch a data set and write its shards", allow_abbrev=False)
@@ -440,13 +441,16 @@ def run_recipes(args: argparse.Namespace) -> int:
         ]
         for h in headers
     ]
-    if console.width >= _WIDE:
+    if args.markdown:
+        for row in [columns, ["---"] * len(columns), *rows]:
+            print(f"| {' | '.join(row)} |")
+    elif console.width >= _WIDE:
         _table(columns, rows)
-        return FINISHED
-    for name, *values in rows:
-        console.print(f"[bold]{name}")
-        for column, value in zip(columns[1:], values, strict=True):
-            console.print(f"  {column:15} {value}", highlight=False, markup=False)
+    else:
+        for name, *values in rows:
+            console.print(f"[bold]{name}")
+            for column, value in zip(columns[1:], values, strict=True):
+                console.print(f"  {column:15} {value}", highlight=False, markup=False)
     return FINISHED
 
 
