@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from paperscale import __version__
-from paperscale.errors import FAILED, FINISHED, USER_ERROR, UserError, nearest
+from paperscale.errors import FAILED, FINISHED, USER_ERROR, UserError, describe, is_users_mistake, nearest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,14 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             argcomplete.autocomplete(parser, always_complete_options="long")
         parsed = _parse(parser, words)
         return parsed.run(parsed)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
     except BrokenPipeError:  # the reader of a pipe has left, as `| head` does
         sys.stderr.close()
         return FINISHED
     except KeyboardInterrupt:
         return 128 + 2
+    except (UserError, OSError) as error:
+        if not is_users_mistake(error):
+            raise
+        print(f"error: {describe(error)}", file=sys.stderr)
+        return USER_ERROR
 
 
 def _parse(parser: Parser, words: list[str]) -> argparse.Namespace:

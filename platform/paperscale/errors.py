@@ -7,6 +7,7 @@ A :class:`UserError` is printed as one line without a traceback; the program the
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 FINISHED = 0
@@ -29,6 +30,26 @@ class Interrupted(Exception):
 
 class Superseded(Exception):
     """A newer attempt has taken over the run: this one must neither write nor ask to be run again."""
+
+
+_OF_THE_DISK = {
+    errno.ENOSPC: "free space there",
+    errno.EDQUOT: "free space within your quota",
+    errno.EACCES: "choose a folder that you may write to",
+    errno.EROFS: "choose a folder that is not read-only",
+}
+
+
+def is_users_mistake(error: BaseException) -> bool:
+    """Return whether the user can mend it: no traceback then, and :data:`USER_ERROR`."""
+    return isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in _OF_THE_DISK)
+
+
+def describe(error: BaseException) -> str:
+    """Return a user's mistake as one line that ends in the fix."""
+    if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+        return f"{error.filename or 'cannot write'}: {error.strerror}; {_OF_THE_DISK[error.errno]} and run it again"
+    return str(error)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from paperscale.cli import main
 from paperscale.data import prepare as preparing
 from paperscale.data.prepare import DATASETS, IdxImages, _ArraysOnly, parse_idx, prepare, to_idx
 from paperscale.data.shards import ShardSet, verify
@@ -70,6 +71,14 @@ def test_a_damaged_set_is_mended(tiny_dataset, tmp_path):
     tar.write_bytes(whole[:-1000])
     prepare("tiny", tmp_path / "set", Console(quiet=True))
     assert tar.read_bytes() == whole
+
+
+def test_a_full_disk_leaves_what_is_complete_and_goes_on_from_there(tiny_dataset, small_disk, capsys):
+    out = small_disk / "set"
+    assert main(["data", "prepare", "tiny", "--out", str(out)]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"error: {out}/val-000000.tar: No space left on device; free space there and run it again"
+    assert sorted(path.name for path in out.iterdir()) == ["train-000000.tar", "train-000000.tar.idx"]
 
 
 def test_another_set_is_not_overwritten(tiny_dataset, own_shards):

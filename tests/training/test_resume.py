@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,13 +171,12 @@ class Noise(Callback):
         weight.data += 0.001 * torch.randn_like(weight)
 
 
-def test_a_full_disk_loses_nothing(whole, tiny_recipe, small_disk, capfd):
+def test_a_full_disk_loses_nothing(whole, tiny_recipe, small_disk, capfd, monkeypatch):
+    monkeypatch.setenv("PAPERSCALE_RUNS", str(small_disk / "runs"))
     run = new_run("full", tiny_recipe)
-    run.checkpoints.rmdir()
-    run.checkpoints.symlink_to(small_disk)
     filler = small_disk / "filler"
     size = sum(file.stat().st_size for file in (whole.checkpoints / "step-00000024").iterdir())
-    filler.write_bytes(b"\0" * ((4 << 20) - 3 * size // 2))  # room for one checkpoint, not for two
+    filler.write_bytes(b"\0" * (shutil.disk_usage(small_disk).free - 3 * size // 2))  # for one checkpoint, not two
     assert attempt(run) == USER_ERROR
     out, err = capfd.readouterr()
     assert out.count("WARNING checkpoint at step") == 5, "training went on"
@@ -185,3 +186,16 @@ def test_a_full_disk_loses_nothing(whole, tiny_recipe, small_disk, capfd):
     filler.unlink()
     assert attempt(run) == FINISHED
     assert equal(final_state(run), final_state(whole))
+
+
+def test_a_disk_that_is_full_to_the_last_byte(tiny_recipe, small_disk, capfd, monkeypatch):
+    monkeypatch.setenv("PAPERSCALE_RUNS", str(small_disk / "runs"))
+    run = new_run("full", tiny_recipe)
+    filler = (small_disk / "filler").open("wb", buffering=0)
+    with contextlib.closing(filler), contextlib.suppress(OSError):
+        while True:
+            filler.write(b"\0" * 4096)
+    assert attempt(run) == USER_ERROR
+    err = capfd.readouterr().err
+    assert "No space left on device; free space there and run it again" in err
+    assert "Traceback" not in err

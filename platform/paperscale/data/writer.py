@@ -7,6 +7,7 @@ goes on after the last complete shard.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -65,12 +66,17 @@ def _write_shard(tar: Path, samples: Iterable[Sample]) -> Shard:
     from webdataset import TarWriter
 
     partial = tar.with_name(tar.name + ".partial")
-    with partial.open("wb") as file:
-        with TarWriter(file, mtime=0, mode=0o644, user="root", group="root") as writer:
-            for sample in samples:
-                writer.write(sample)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with partial.open("wb") as file:
+            with TarWriter(file, mtime=0, mode=0o644, user="root", group="root") as writer:
+                for sample in samples:
+                    writer.write(sample)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise OSError(error.errno, error.strerror, str(tar)) from error
     index = replace(shard_index.build(partial), tar=tar)
     write_atomically(tar.with_name(tar.name + shard_index.SUFFIX), shard_index.to_bytes(index))
     partial.rename(tar)
@@ -78,10 +84,19 @@ def _write_shard(tar: Path, samples: Iterable[Sample]) -> Shard:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that its name holds the old content or the new, never half of either."""
+    """Write a file so that its name holds the old content or the new, never half of either.
+
+    Raises:
+        OSError: it cannot be written; names the file.
+    """
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error

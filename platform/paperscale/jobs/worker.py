@@ -6,6 +6,7 @@ from paperscale.training import signals
 
 signals.install()  # before the seconds that the imports below take
 
+import contextlib
 import json
 import os
 import socket
@@ -17,7 +18,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paperscale.data.writer import write_atomically
-from paperscale.errors import FAILED, FINISHED, REQUEUE, USER_ERROR, Interrupted, Superseded, UserError
+from paperscale.errors import (
+    FAILED,
+    FINISHED,
+    REQUEUE,
+    USER_ERROR,
+    Interrupted,
+    Superseded,
+    UserError,
+    describe,
+    is_users_mistake,
+)
 from paperscale.jobs.run import Attempt, Run
 from paperscale.training.checkpoint import newest_verified, read_manifest
 
@@ -25,6 +36,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from paperscale.tracking.wandb import GuardedWandbLogger
+    from paperscale.training.callbacks import StateIO
     from paperscale.training.recipe import RecipeCLI
 
 _RESUME_WAIT_S = 300
@@ -40,12 +52,13 @@ def main(run_dir: str, attempt_number: int) -> int:
     except Superseded as reason:
         print(reason, flush=True)
         code = FAILED
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        code = USER_ERROR
-    except BaseException:
-        traceback.print_exc()
-        code = FAILED
+    except BaseException as error:
+        code = USER_ERROR if is_users_mistake(error) else FAILED
+        with contextlib.suppress(OSError):
+            if code == USER_ERROR:
+                print(f"error: {describe(error)}", file=sys.stderr, flush=True)
+            else:
+                traceback.print_exc()
     return code
 
 
@@ -72,9 +85,10 @@ class Worker:
         self.wandb: GuardedWandbLogger | None = None
 
     def say(self, line: str) -> None:
-        """Print a line on rank 0."""
+        """Print a line on rank 0; a log on a full disk must not end the training."""
         if self.rank == 0:
-            print(line, flush=True)
+            with contextlib.suppress(OSError):
+                print(line, flush=True)
 
     def run_attempt(self) -> int:
         """Train to the end, or to where the ranks were told to stop; return the exit code."""
@@ -106,26 +120,52 @@ class Worker:
         finally:
             self.record(ended=time.time(), outcome=code, reason=reason, samples_per_s=self.progress.samples_per_s)
             if self.wandb:
-                self.wandb.finish(0 if code == FINISHED else 1)
+                self.wandb.finish(code)
         if trainer.world_size > 1:
             trainer.strategy.barrier("attempt ends")  # all ranks leave together: srun ends the rest at the first exit
         return code
 
     def build_trainer(self, cli: RecipeCLI, resume: Path | None) -> Trainer:
         """Return the recipe's Trainer as this job runs it."""
-        from lightning.pytorch.callbacks import RichProgressBar
         from lightning.pytorch.strategies import DDPStrategy
 
         from paperscale.jobs.environment import JobEnvironment
-        from paperscale.tracking.wandb import GuardedWandbLogger, JsonlLogger
-        from paperscale.training import callbacks as own
+        from paperscale.training.callbacks import StateIO
         from paperscale.training.interruption import take_over_signals
 
-        tracking, options = cli.config_init.tracking, cli.config_init.checkpoint
         world_size = self.info.nodes * self.info.procs_per_node
-        io = own.StateIO()
-        self.progress = own.ProgressReport(self.run.path / "progress.json", self.attempt.number, self.say)
+        io = StateIO()
+        settings: dict[str, Any] = {
+            "devices": self.info.procs_per_node,
+            "num_nodes": self.info.nodes,
+            "plugins": [JobEnvironment(), io],
+            "logger": self.loggers(cli),
+            "callbacks": self.callbacks(cli, io, resume),
+            "accumulate_grad_batches": cli.datamodule.accumulate(world_size),
+            # a folder of this attempt alone: on SLURM, Lightning resumes from any hpc_ckpt_* that it finds in it
+            "default_root_dir": str(self.attempt.path),
+            "enable_checkpointing": True,
+            "enable_progress_bar": self.on_terminal,
+            "enable_model_summary": False,
+            "use_distributed_sampler": False,
+        }
+        if world_size > 1 and cli.config_init.trainer.strategy == "auto":
+            settings["strategy"] = DDPStrategy(timeout=timedelta(minutes=10))
+        trainer = cli.trainer_for(**settings)
+        take_over_signals(trainer)
+        return trainer
+
+    @property
+    def on_terminal(self) -> bool:
+        """Return whether a person watches: `paperscale fit` in a terminal."""
+        return self.info.engine == "here" and sys.stdout.isatty()
+
+    def loggers(self, cli: RecipeCLI) -> list[Any]:
+        """Return where metrics go: ``metrics.jsonl``, and W&B unless the recipe says otherwise."""
+        from paperscale.tracking.wandb import GuardedWandbLogger, JsonlLogger
+
         loggers: list[Any] = [JsonlLogger(self.run.metrics, self.attempt.number)]
+        tracking = cli.config_init.tracking
         if tracking.enabled:
             self.wandb = GuardedWandbLogger(
                 self.run.path,
@@ -138,64 +178,58 @@ class Worker:
                 config=cli.config.as_dict(),
             )
             loggers.append(self.wandb)
-        settings: dict[str, Any] = {
-            "devices": self.info.procs_per_node,
-            "num_nodes": self.info.nodes,
-            "plugins": [JobEnvironment(), io],
-            "logger": loggers,
-            "accumulate_grad_batches": cli.datamodule.accumulate(world_size),
-            # a folder of this attempt alone: on SLURM, Lightning resumes from any hpc_ckpt_* that it finds in it
-            "default_root_dir": str(self.attempt.path),
-            "enable_checkpointing": True,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "use_distributed_sampler": False,
-            "callbacks": [
-                own.FirstBatch(lambda position, samples: self.record(position=position, first_samples=samples)),
-                own.StreamPosition(),
-                self.progress,
-                own.Checkpointing(self.run.checkpoints, options, io, resume, self.is_current, self.say),
-            ],
-        }
-        if self.info.engine == "here" and sys.stdout.isatty():
-            settings["callbacks"].insert(0, RichProgressBar())
-            self.progress.every_s = float("inf")
-        if world_size > 1 and cli.config_init.trainer.strategy == "auto":
-            settings["strategy"] = DDPStrategy(timeout=timedelta(minutes=10))
-        trainer = cli.trainer_for(**settings)
-        take_over_signals(trainer)
-        return trainer
+        return loggers
+
+    def callbacks(self, cli: RecipeCLI, io: StateIO, resume: Path | None) -> list[Any]:
+        """Return what happens at each step boundary, in this order."""
+        from lightning.pytorch.callbacks import RichProgressBar
+
+        from paperscale.training import callbacks as own
+
+        every_s = float("inf") if self.on_terminal else 5.0
+        self.progress = own.ProgressReport(self.run.path / "progress.json", self.attempt.number, self.say, every_s)
+        options = cli.config_init.checkpoint
+        return [
+            *([RichProgressBar()] if self.on_terminal else []),
+            own.FirstBatch(lambda position, samples: self.record(position=position, first_samples=samples)),
+            own.StreamPosition(),
+            self.progress,
+            own.Checkpointing(self.run.checkpoints, options, io, resume, self.is_current, self.say),
+        ]
 
     def choose_checkpoint(self) -> Path | None:
         """Return the checkpoint to continue from: rank 0 verifies and chooses, the others read its choice.
 
         Raises:
-            UserError: there are checkpoints and none verifies.
+            UserError: there are checkpoints and none verifies, or rank 0's choice cannot be seen from here.
         """
         choice = self.attempt.path / "resume.json"
         if self.rank == 0:
-            checkpoint, passed_over = newest_verified(self.run.checkpoints)
-            for reason in passed_over:
-                self.say(f"WARNING passed over {reason}")
-            if passed_over and checkpoint is None:
-                found = json.dumps({"error": "no checkpoint verifies"})
-                write_atomically(choice, found.encode())
-                raise UserError(
-                    f"none of the {len(passed_over)} checkpoints in {self.run.checkpoints} verifies; restore one from "
-                    "a copy, or remove the folder's content to begin anew"
-                )
-            self.say(f"continues from {checkpoint.name}" if checkpoint else "begins at the start")
-            self.record(resumed_from=checkpoint and checkpoint.name, passed_over=passed_over)
-            write_atomically(choice, json.dumps({"checkpoint": checkpoint and str(checkpoint)}).encode())
+            write_atomically(choice, json.dumps(self._newest_checkpoint()).encode())
         deadline = time.monotonic() + _RESUME_WAIT_S
         while not choice.exists():
             if time.monotonic() > deadline:
                 raise UserError(f"{choice} has not appeared: is {self.run.path} on a file system that all nodes share?")
             time.sleep(0.1)
         content = json.loads(choice.read_text())
-        if "error" in content:
+        if content["error"]:
             raise UserError(content["error"])
         return content["checkpoint"] and Path(content["checkpoint"])
+
+    def _newest_checkpoint(self) -> dict[str, str | None]:
+        """Return the newest checkpoint that verifies, or the error that ends the attempt on every rank."""
+        checkpoint, passed_over = newest_verified(self.run.checkpoints)
+        for reason in passed_over:
+            self.say(f"WARNING passed over {reason}")
+        self.record(resumed_from=checkpoint and checkpoint.name, passed_over=passed_over)
+        if passed_over and checkpoint is None:
+            error = (
+                f"none of the {len(passed_over)} checkpoints in {self.run.checkpoints} verifies; restore one from a "
+                "copy, or remove the folder's content to begin anew"
+            )
+            return {"checkpoint": None, "error": error}
+        self.say(f"continues from {checkpoint.name}" if checkpoint else "begins at the start")
+        return {"checkpoint": str(checkpoint) if checkpoint else None, "error": None}
 
     def recover_tracking(self, resume: Path | None) -> None:
         """Let W&B have the rows up to the checkpoint that the previous attempt's W&B lost."""

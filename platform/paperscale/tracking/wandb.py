@@ -19,6 +19,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from paperscale.errors import REQUEUE
 from paperscale.tracking.wandb_files import read_segment
 
 _FLUSH = "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL"
@@ -110,9 +111,11 @@ class GuardedWandbLogger(WandbLogger):
 
     @rank_zero_only
     def finish(self, exit_code: int) -> None:
-        """End this segment of the run; waits until it is written."""
+        """End this segment of the run; waits until it is written. W&B shows an interrupted run as preempted."""
         if self._experiment is not None and not self.lost:
             with self.guarded():
+                if exit_code == REQUEUE:
+                    self._experiment.mark_preempting()
                 self._experiment.finish(exit_code=exit_code)
 
 
