@@ -107,12 +107,14 @@ def test_drill_preempts_a_running_job(submit_tiny):
     run = submit_tiny("drilled", "tracking.enabled=false", callbacks=(callback("Slowly", seconds=0.1),))
     wait_for(lambda: run.read_json("progress.json").get("step", 0) >= 2)
     assert "sent SIGTERM" in preempt(run)
+    text = "".join(follow(run, rank=0, attempt=None, forever=True))
+    assert "interrupted by SIGTERM" in text
+    assert "--- attempt 2\ncontinues from step-" in text
+    assert "test/accuracy" in text
     assert ended(run) == "finished"
     assert run.attempts()[0].exit_code == 75
-    text = "".join(follow(run, rank=0, attempt=None, forever=False))
-    assert "continues from step-" in text
-    whole_log = "".join(follow(run, rank=0, attempt=1, forever=False))
-    assert "interrupted by SIGTERM" in whole_log
+    second = "".join(follow(run, rank=0, attempt=2, forever=False))
+    assert second.startswith("continues from step-")
     with pytest.raises(UserError, match="attempts 1 to 2, not 7"):
         next(follow(run, rank=0, attempt=7, forever=False))
 

@@ -16,7 +16,7 @@ from paperscale.jobs.submit import Shape, render
 
 
 def info(profile: Profile, **changes: object) -> RunInfo:
-    values = {"nodes": profile.nodes, "procs_per_node": profile.procs_per_node, "workdir": "/home/me/my work"}
+    values = {"nodes": profile.nodes, "procs_per_node": profile.processes_per_node, "workdir": "/home/me/my work"}
     return RunInfo(
         "run-1",
         "resnet20-mnist",
@@ -76,6 +76,9 @@ def test_names_that_would_do_harm_are_refused_with_a_better_one(name):
         ("engine: lsf", "'lsf' is neither slurm nor local"),
         ("nodes: 0", "nodes: must be a whole number of at least 1"),
         ("nodes: two", "nodes: must be a whole number"),
+        ("time: 1:00:00", "3600 is a number; write the time limit in quotes"),
+        ("env: [A=1]", "env: must be a mapping"),
+        ("setup: module load", "setup: must be a list of lines"),
         ("time: tomorrow", "'tomorrow' is not a time limit"),
         ("nodes: [", "not valid YAML"),
     ],
@@ -86,6 +89,12 @@ def test_a_profile_with_an_error_names_file_and_field(tmp_path, monkeypatch, con
     (tmp_path / "cluster/profiles/bad.yaml").write_text(content)
     with pytest.raises(UserError, match=rf"bad\.yaml: .*{message}"):
         profiles.load("bad")
+
+
+def test_there_is_a_process_for_each_gpu():
+    assert Profile("mine", gpus_per_node=8).procs_per_node == 8
+    assert Profile("mine", gpus_per_node=8, procs_per_node=2).procs_per_node == 2
+    assert Profile("mine").procs_per_node == 1
 
 
 def test_an_unknown_cluster_suggests_the_nearest():

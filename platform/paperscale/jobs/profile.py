@@ -29,7 +29,7 @@ class Profile:
         qos: SLURM quality of service.
         time: time limit of an attempt, as sbatch takes it (``1-00:00:00``).
         nodes: default nodes of a job.
-        procs_per_node: default processes of a node, one per GPU where there are GPUs.
+        procs_per_node: default processes of a node; by default one per GPU, or one.
         gpus_per_node: GPUs asked for on each node; ``None`` asks for none.
         cpus_per_proc: CPU cores of each process.
         mem_per_node: memory of a node as sbatch takes it (``64G``).
@@ -49,7 +49,7 @@ class Profile:
     qos: str | None = None
     time: str = "1-00:00:00"
     nodes: int = 1
-    procs_per_node: int = 1
+    procs_per_node: int | None = None
     gpus_per_node: int | None = None
     cpus_per_proc: int = 1
     mem_per_node: str | None = None
@@ -62,13 +62,26 @@ class Profile:
     python: str | None = None
 
     def __post_init__(self) -> None:
+        if self.procs_per_node is None:
+            object.__setattr__(self, "procs_per_node", self.gpus_per_node or 1)
         if self.engine not in get_args(Engine):
             raise UserError(f"engine: '{self.engine}' is neither slurm nor local")
         for name in ("nodes", "procs_per_node", "cpus_per_proc", "signal_before_end_s"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise UserError(f"{name}: must be a whole number of at least 1, not {getattr(self, name)!r}")
-        if not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", str(self.time)):
-            raise UserError(f"time: {self.time!r} is not a time limit; write '1-00:00:00' or '02:30:00', in quotes")
+        for name, kind in (("env", dict), ("setup", list), ("sbatch", list)):
+            if not isinstance(getattr(self, name), kind):
+                what = "a mapping of names to values" if kind is dict else "a list of lines"
+                raise UserError(f"{name}: must be {what}, not {getattr(self, name)!r}")
+        if not isinstance(self.time, str):  # YAML reads 1:00:00 as the number 3600, sbatch would take that for minutes
+            raise UserError(f"time: {self.time!r} is a number; write the time limit in quotes, such as '01:00:00'")
+        if not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", self.time):
+            raise UserError(f"time: {self.time!r} is not a time limit; write '1-00:00:00' or '02:30:00'")
+
+    @property
+    def processes_per_node(self) -> int:
+        """Return the processes of a node."""
+        return self.procs_per_node or 1
 
 
 def folders() -> list[Path]:

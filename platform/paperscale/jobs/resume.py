@@ -34,6 +34,8 @@ def resume(run: Run, asked: dict[str, Any]) -> int | None:
     if now.state == "finished":
         raise UserError(f"run '{run.name}' is finished; submit the recipe again under another --name")
     changes = {name: value for name, value in asked.items() if value is not None}
+    if "gpus_per_node" in changes:
+        changes.setdefault("procs_per_node", changes["gpus_per_node"])
     (run.path / "cancelled").unlink(missing_ok=True)
     (run.path / "stalled").unlink(missing_ok=True)
     info = run.info
@@ -47,7 +49,7 @@ def resume(run: Run, asked: dict[str, Any]) -> int | None:
         profiles.load(info.cluster), **{"nodes": info.nodes, "procs_per_node": info.procs_per_node, **changes}
     )
     if changes:
-        info = dataclasses.replace(info, nodes=profile.nodes, procs_per_node=profile.procs_per_node)
+        info = dataclasses.replace(info, nodes=profile.nodes, procs_per_node=profile.processes_per_node)
         ENGINES[info.engine].check(profile, info)
         write_atomically(run.script, render(info, profile).encode())
         write_atomically(run.path / "run.json", json.dumps(dataclasses.asdict(info), indent=1).encode())

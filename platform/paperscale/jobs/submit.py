@@ -61,7 +61,7 @@ def new_info(recipe: str, name: str | None, profile: Profile, command: str) -> R
         cluster=profile.name,
         engine=profile.engine,
         nodes=profile.nodes,
-        procs_per_node=profile.procs_per_node,
+        procs_per_node=profile.processes_per_node,
         wandb_id=new_id(),
         created=time.time(),
         command=command,
@@ -113,7 +113,7 @@ def submit(arguments: RecipeArguments, shape: Shape, name: str | None, dry_run: 
         check_keys(arguments)
         return render(info, profile)
     ENGINES[profile.engine].check(profile, info)
-    recipe = resolve(arguments, profile.nodes * profile.procs_per_node)
+    recipe = resolve(arguments, profile.nodes * profile.processes_per_node)
     run = create(info, recipe)
     try:
         snapshot.take(run.path / "code", Path.cwd())
