@@ -378,11 +378,10 @@ def run_status(args: argparse.Namespace) -> int:
             "samples": p["consumed"],
             "loss": p["loss"],
             "samples/s": p["samples_per_s"],
-            "heartbeat": f"{time.time() - p['time']:.0f} s ago",
         }
         if now.state == "running":
-            facts["left"] = f"{p['eta_s']} s"
-    facts |= now.results
+            facts |= {"left": f"{p['eta_s']} s", "heartbeat": f"{time.time() - p['time']:.0f} s ago"}
+    facts |= {name: value for name, value in now.results.items() if "/" in name}
     if args.json:
         print(json.dumps(facts, indent=1))
         return FINISHED

@@ -111,11 +111,11 @@ def _show_continuation(run: Run, data: Path, console: Console) -> None:
     epoch, start = divmod(position, len(order))
     expected = order.samples(epoch, start, start + len(got)).tolist()
     console.print(
-        f"attempt 1 ended with exit code {first['outcome']} (requeue me) after {first['reason']}; "
+        f"attempt 1 ended with exit code {first['outcome']} (requeue me) after {first['reason']};\n"
         f"attempt 2 continued from [bold]{second['resumed_from']}[/]"
     )
     console.print(
-        f"next sample by the order: {position:,} -> images {expected[:4]}...; attempt 2 began with {got[:4]}..."
+        f"next sample by the order: {position:,} -> images {expected[:4]}...;\nattempt 2 began with {got[:4]}..."
     )
     if expected != got:
         raise UserError(f"attempt 2 of '{run.name}' did not continue at the next sample: this is a defect of ours")
