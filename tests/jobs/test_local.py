@@ -103,6 +103,18 @@ def test_another_number_of_processes_trains_on_the_same_global_batches(submit_ti
     assert trained_samples(run) == trained_samples(whole)
 
 
+def test_three_processes_are_bit_identical_too(submit_tiny):
+    """With more than two, the order in which gradients are added up matters."""
+    whole = submit_tiny("whole-3", "tracking.enabled=false", procs_per_node=3)
+    assert ended(whole) == "finished"
+    stop = callback("SignalAt", step=3, rank=2)
+    run = submit_tiny("cut-3", "tracking.enabled=false", callbacks=(stop,), procs_per_node=3)
+    assert ended(run) == "finished"
+    assert len(run.attempts()) == 2
+    assert equal(final_state(run), final_state(whole))
+    assert rows(run) == rows(whole)
+
+
 def test_drill_preempts_a_running_job(submit_tiny):
     run = submit_tiny("drilled", "tracking.enabled=false", callbacks=(callback("Slowly", seconds=0.1),))
     wait_for(lambda: run.read_json("progress.json").get("step", 0) >= 2)

@@ -127,11 +127,10 @@ class Worker:
 
     def build_trainer(self, cli: RecipeCLI, resume: Path | None) -> Trainer:
         """Return the recipe's Trainer as this job runs it."""
-        from lightning.pytorch.strategies import DDPStrategy
-
         from paperscale.jobs.environment import JobEnvironment
         from paperscale.training.callbacks import StateIO
         from paperscale.training.interruption import take_over_signals
+        from paperscale.training.strategies import ExactDDPStrategy
 
         world_size = self.info.nodes * self.info.procs_per_node
         io = StateIO()
@@ -149,8 +148,8 @@ class Worker:
             "enable_model_summary": False,
             "use_distributed_sampler": False,
         }
-        if world_size > 1 and cli.config_init.trainer.strategy == "auto":
-            settings["strategy"] = DDPStrategy(timeout=timedelta(minutes=10))
+        if world_size > 1 and cli.config_init.trainer.strategy in ("auto", "ddp"):
+            settings["strategy"] = ExactDDPStrategy(timeout=timedelta(minutes=10))
         trainer = cli.trainer_for(**settings)
         take_over_signals(trainer)
         return trainer
