@@ -153,3 +153,10 @@ class SignalInTest(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         os.kill(os.getpid(), getattr(signal, self.signal))
+
+
+class Linear(torch.nn.Sequential):
+    """A network without batch normalisation: its gradient is a mean over samples, however they are divided."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.nn.Flatten(), torch.nn.Linear(64, 8))

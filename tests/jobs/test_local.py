@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from helpers import equal, final_state, rows, trained_samples, wait_for
 from jobs.conftest import callback, ended
@@ -101,6 +102,19 @@ def test_another_number_of_processes_trains_on_the_same_global_batches(submit_ti
     assert ended(run) == "finished"
     assert [len(list(attempt.path.glob("rank-*.log"))) for attempt in run.attempts()] == [2, 3, 1]
     assert trained_samples(run) == trained_samples(whole)
+
+
+def test_the_gradient_is_the_mean_over_the_global_batch_at_any_number_of_processes(submit_tiny):
+    """32 samples over three processes are 10, 11 and 11; the last 6 of an epoch in accumulated passes of at most 2."""
+    linear = ("model.network={class_path: helpers.Linear}", "tracking.enabled=false")
+    states = []
+    for processes, words in ((1, ()), (3, ()), (2, ("data.micro_batch_size=5",))):
+        run = submit_tiny(f"linear-{processes}", *linear, *words, procs_per_node=processes)
+        assert ended(run) == "finished"
+        states.append(final_state(run))
+    for state in states[1:]:
+        assert state.keys() == states[0].keys()
+        assert all(torch.allclose(state[key], states[0][key], atol=1e-6) for key in state)
 
 
 def test_three_processes_are_bit_identical_too(submit_tiny):
