@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from paperscale.jobs.run import Run
+from paperscale.papers.resnet import ResNetClassifier
 from paperscale.tracking.wandb import read_metrics
 
 
@@ -160,3 +161,23 @@ class Linear(torch.nn.Sequential):
 
     def __init__(self) -> None:
         super().__init__(torch.nn.Flatten(), torch.nn.Linear(64, 8))
+
+
+class Damage(Callback):
+    """Makes rank 1 read a damaged shard, as a failing disk of its node would."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_rank == 1:
+            data = trainer.datamodule
+            tar = data.shards("train").folder / "train-000000.tar"
+            tar.write_bytes(bytes(512 * 9) + tar.read_bytes()[512 * 9 :])
+            data._shards.clear()
+            for row in range(9):
+                data.shards("train").read(0, row)
+
+
+class PlainLog(ResNetClassifier):
+    """Logs a plain number in test."""
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.log("test/mean_label", batch["label"].float().mean(), batch_size=len(batch["label"]))

@@ -107,6 +107,54 @@ def test_a_typo_inside_a_recipe_names_the_file(tmp_path, tiny_recipe, capsys, ru
     assert f"{typo}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nosuchpackage.Model", "No module named 'nosuchpackage'"),
+        ("os.path.join", "does not correspond to a subclass of LightningModule"),
+        ("broken.Model", "invalid syntax (broken.py, line 1)"),
+        ("needy.Model", "needy.Model: the following arguments are required: network"),
+        ("thrower.Model", "the recipe's values do not fit: ValueError: no lr like this ("),
+    ],
+)
+def test_a_class_of_the_users_own_that_does_not_work(tmp_path, tiny_recipe, runs, name, message):
+    """Classes are found where the command is typed, and the reason is given, not its consequence."""
+    (tmp_path / "broken.py").write_text("def (\n")
+    head = "from lightning.pytorch import LightningModule\nclass Model(LightningModule):\n"
+    (tmp_path / "needy.py").write_text(f"{head}    def __init__(self, network: str): super().__init__()\n")
+    (tmp_path / "thrower.py").write_text(f"{head}    def __init__(self): raise ValueError('no lr like this')\n")
+    text = tiny_recipe.read_text().replace("paperscale.papers.resnet.ResNetClassifier", name)
+    start, end = text.index("  init_args:\n    network"), text.index("data:")
+    (tmp_path / "mine.yaml").write_text(text[:start] + text[end:])
+    script = Path(sys.executable).with_name("paperscale")
+    result = subprocess.run([script, "fit", "mine.yaml"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_cancel_stops_a_run_in_the_foreground(runs, tiny_recipe):
+    slow = "trainer.callbacks=[{class_path: helpers.Slowly, init_args: {seconds: 0.2}}]"
+    command = [
+        sys.executable,
+        "-m",
+        "paperscale",
+        "fit",
+        str(tiny_recipe),
+        slow,
+        "--name",
+        "here",
+        "tracking.enabled=false",
+    ]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)})
+    run = Run(runs / "here")
+    while run.read_json("progress.json").get("step", 0) < 2:
+        time.sleep(0.05)
+    assert main(["cancel", "here"]) == 0
+    assert process.wait(10) == 75
+    assert run.read_json("progress.json")["step"] < 24
+
+
 def test_print_config_is_the_whole_resolved_recipe(tmp_path, tiny_recipe, capsys):
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text("trainer: {max_epochs: 7}\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,21 @@ def test_the_readme_shows_the_recipes_as_they_are(capsys):
     assert main(["recipes", "--markdown"]) == 0
     for row in capsys.readouterr().out.splitlines():
         assert row in (ROOT / "README.md").read_text(), "paste the table of `paperscale recipes --markdown`"
+
+
+def test_the_paper_of_contributing_works_as_it_is_printed(tmp_path, tiny_shards, runs, monkeypatch):
+    """Both files are copied from the document into a project of one's own."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "mypaper.py").write_text(code.replace("784", "64"))  # the test's images are of 8 x 8
+    (tmp_path / "recipes").mkdir()
+    recipe = recipe.replace("paperscale.papers.mypaper", "mypaper").replace("data/mnist", str(tiny_shards))
+    (tmp_path / "recipes/my-model-mnist.yaml").write_text(recipe)
+    script = Path(sys.executable).with_name("paperscale")
+    words = [script, "fit", "my-model-mnist", "tracking.enabled=false"]
+    result = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "test/accuracy" in result.stdout
+    listed = subprocess.run([script, "recipes"], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert "my-model-mnist" in listed.stdout

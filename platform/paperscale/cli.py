@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FINISHED
     except KeyboardInterrupt:
         return 128 + 2
-    except (UserError, OSError) as error:
+    except Exception as error:
         if not is_users_mistake(error):
             raise
         print(f"error: {describe(error)}", file=sys.stderr)
@@ -68,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(parser: Parser, words: list[str]) -> argparse.Namespace:
     """Parse; a recipe's keys may be written as options anywhere (``--trainer.max_epochs 1``)."""
     if words and words[0] in _OPEN_ENDED:
+        sys.path[:] = [str(Path.cwd()), *(path for path in sys.path if path)]  # a recipe may name the user's classes
         own = _subparser(parser, words[0])._option_string_actions
         words = [words[0], *_keys_as_words(words[1:], set(own))]
         command = _subparser(parser, words[0])
@@ -129,7 +130,7 @@ def build_parser() -> Parser:
 def _add_training(add: Callable[[str, Command, str], Parser]) -> None:
     keys = "RECIPE [OVERLAY ...] [key=value ...]"
     fit = add("fit", run_fit, "train a recipe here, in the foreground")
-    _recipe_argument(fit, f"{keys}; every key of --print_config can be set, also as --key value")
+    _recipe_argument(fit, f"{keys}; every key of --print_config can be set, also as --key value", _complete_recipes)
     fit.add_argument("--name", help="name of the run (default: the recipe's)")
     fit.add_argument("--print_config", action="store_true", help="print the resolved configuration and exit")
     for name, what in (("validate", "score the validation split"), ("test", "score the test split")):
@@ -139,7 +140,7 @@ def _add_training(add: Callable[[str, Command, str], Parser]) -> None:
     predict = add("predict", run_evaluate, "write the predictions of a run's checkpoint for the test split")
     _recipe_argument(_checkpoint_option(predict), f"RUN or {keys}")
     submit = add("submit", run_submit, "submit a recipe to a cluster")
-    _recipe_argument(submit, keys)
+    _recipe_argument(submit, keys, _complete_recipes)
     _shape_options(submit)
     submit.add_argument("--cluster", default="local", help="profile of the cluster (default: local)").completer = (  # type: ignore[attr-defined]
         _complete_clusters
@@ -155,8 +156,9 @@ def _checkpoint_option(parser: Parser) -> Parser:
     return parser
 
 
-def _recipe_argument(parser: Parser, help: str) -> None:
-    parser.add_argument("recipe", nargs="+", metavar="RECIPE", help=help).completer = _complete_recipes  # type: ignore[attr-defined]
+def _recipe_argument(parser: Parser, help: str, completer: Callable[..., list[str]] | None = None) -> None:
+    completer = completer or _complete_recipes_and_runs
+    parser.add_argument("recipe", nargs="+", metavar="RECIPE", help=help).completer = completer  # type: ignore[attr-defined]
 
 
 def _shape_options(parser: Parser) -> None:
@@ -207,7 +209,8 @@ def _add_others(add: Callable[[str, Command, str], Parser]) -> None:
     data = add("data", lambda _: FAILED, "prepare and check shards")
     actions = data.add_subparsers(title="actions", metavar="ACTION", required=True, parser_class=Parser)
     prepare = actions.add_parser("prepare", help="fetch a data set and write its shards", allow_abbrev=False)
-    prepare.add_argument("dataset", metavar="NAME", help="mnist or fashion-mnist")
+    dataset = prepare.add_argument("dataset", metavar="NAME", help="mnist or fashion-mnist")
+    dataset.completer = lambda prefix, **_: ["mnist", "fashion-mnist"]  # type: ignore[attr-defined]
     prepare.add_argument("--out", type=Path, help="folder of the set (default: data/NAME)")
     prepare.set_defaults(run=run_prepare)
     for name, what in (("verify", "check every shard against its hash"), ("info", "say what a set holds")):
@@ -229,10 +232,13 @@ def _add_others(add: Callable[[str, Command, str], Parser]) -> None:
 
 
 def _complete_recipes(prefix: str, **_: Any) -> list[str]:
-    from paperscale.jobs.run import all_runs
     from paperscale.recipes import all_recipes
 
-    return [*all_recipes(), *(run.name for run in all_runs())]
+    return list(all_recipes())
+
+
+def _complete_recipes_and_runs(prefix: str, **_: Any) -> list[str]:
+    return _complete_recipes(prefix) + _complete_runs(prefix)
 
 
 def _complete_runs(prefix: str, **_: Any) -> list[str]:
@@ -267,6 +273,7 @@ def run_fit(args: argparse.Namespace) -> int:
 
 def run_evaluate(args: argparse.Namespace) -> int:
     """Validate, test or predict."""
+    from paperscale.jobs import snapshot
     from paperscale.jobs.run import find_run, runs_dir
     from paperscale.recipes import RecipeArguments, all_recipes
 
@@ -275,6 +282,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
     is_recipe = not is_run and (first in all_recipes() or first.endswith((".yaml", ".yml")))
     run = None if is_recipe else find_run(first)
     source = [str(run.recipe)] if run else [first]
+    if run:
+        snapshot.use(run.path / "code", Path(run.info.workdir))
     from paperscale.jobs.evaluate import evaluate
 
     found = evaluate(stage, run, RecipeArguments.parse(source + rest).to_cli(), args.checkpoint)
@@ -346,7 +355,7 @@ def run_runs(args: argparse.Namespace) -> int:
         step = f"{p['step']}/{p['total_steps']}" if p else "-"
         score = ", ".join(f"{k} {v:.4f}" for k, v in now.results.items() if k.startswith("test/"))
         rows_text.append((run.name, now.state, shape, str(len(run.attempts())), step, score or now.detail))
-    _table(["run", "state", "cluster", "attempts", "step", ""], rows_text)
+    _table(["run", "state", "cluster", "attempts", "step", "result or reason"], rows_text)
     return FINISHED
 
 

@@ -19,7 +19,7 @@ from paperscale.jobs.drill import preempt
 from paperscale.jobs.engines import ENGINES
 from paperscale.jobs.run import Run
 from paperscale.jobs.status import LIVE, status
-from paperscale.jobs.submit import Shape, submit
+from paperscale.jobs.submit import Shape, new_info, submit
 from paperscale.recipes import RecipeArguments, find, header
 from paperscale.tracking.wandb_files import read_runs
 
@@ -39,6 +39,9 @@ def demo(cluster: str) -> int:
         UserError: the cluster or the data cannot be had, or the run went wrong; says where to look.
     """
     console = Console()
+    shape = _shape(cluster)
+    profile = shape.profile()
+    ENGINES[profile.engine].check(profile, new_info(RECIPE, None, profile, "paperscale demo"))
     data = Path("data/mnist")
     console.rule("1  data", align="left")
     manifest = prepare("mnist", data, console)
@@ -48,7 +51,7 @@ def demo(cluster: str) -> int:
     console.rule(f"2  submit {RECIPE} to {cluster}, {PROCESSES} processes", align="left")
     overrides = [f"data.path={data}", "checkpoint.every_n_steps=50"]
     words = [RECIPE, *overrides]
-    run = submit(RecipeArguments.parse(words), _shape(cluster), None, False, f"paperscale demo --cluster {cluster}")
+    run = submit(RecipeArguments.parse(words), shape, None, False, f"paperscale demo --cluster {cluster}")
     if isinstance(run, str):
         raise TypeError("a submission returned a script")
     console.print(f"run [bold]{run.name}[/], job {run.job}, directory {run.path}")

@@ -42,14 +42,15 @@ _OF_THE_DISK = {
 
 def is_users_mistake(error: BaseException) -> bool:
     """Return whether the user can mend it: no traceback then, and :data:`USER_ERROR`."""
-    return isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in _OF_THE_DISK)
+    disk = isinstance(error, OSError) and error.errno in _OF_THE_DISK
+    return disk or isinstance(error, UserError) or type(error).__name__ == "MisconfigurationException"
 
 
 def describe(error: BaseException) -> str:
     """Return a user's mistake as one line that ends in the fix."""
     if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
         return f"{error.filename or 'cannot write'}: {error.strerror}; {_OF_THE_DISK[error.errno]} and run it again"
-    return str(error)
+    return " ".join(str(error).split())
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

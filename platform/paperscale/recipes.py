@@ -100,7 +100,7 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: a recipe is a mapping with model, data and trainer")
@@ -128,6 +128,7 @@ class RecipeArguments:
                 overrides.append((match[1], match[2]))
             else:
                 paths.append(find(word))
+                read(paths[-1])
         if not paths:
             raise UserError("name a recipe, for example `resnet20-mnist`; `paperscale recipes` lists them")
         return cls(paths[0], tuple(paths[1:]), tuple(overrides))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from paperscale.errors import UserError
 from paperscale.jobs.drill import preempt
 from paperscale.jobs.resume import resume
 from paperscale.jobs.run import Run
-from paperscale.jobs.status import cancel, follow, status
+from paperscale.jobs.status import cancel, follow, print_log, status
 from paperscale.tracking.wandb_files import read_runs
 
 _whole: list[Run] = []
@@ -65,7 +64,31 @@ def test_an_error_is_not_run_again(submit_tiny):
     assert ended(run) == "failed"
     assert len(run.attempts()) == 1
     assert "ZeroDivisionError" in run.attempts()[0].log().read_text()
-    assert "failed for good (exit code 1)" in (run.path / "job.log").read_text()
+    said = (run.path / "job.log").read_text()
+    assert re.search(r"failed for good \(exit code 1\): rank [01]: ZeroDivisionError: division by zero", said)
+    assert "ZeroDivisionError: division by zero" in status(run).detail
+
+
+def test_the_rank_that_failed_first_is_named(submit_tiny, own_shards, capsys):
+    """The other ranks only report a lost connection."""
+    run = submit_tiny("damaged", "tracking.enabled=false", f"data.path={own_shards}", callbacks=(callback("Damage"),))
+    assert ended(run) == "failed"
+    assert "rank 1: " in status(run).detail
+    assert "train-000000.tar: sample" in status(run).detail
+    print_log(run, rank=0, attempt=None, forever=False)
+    assert "--- attempt 1 failed first on rank 1: " in capsys.readouterr().out
+
+
+def test_a_plain_log_in_evaluation_is_the_mean_over_all_samples(submit_tiny):
+    """On three processes as on one."""
+    values = []
+    for processes in (1, 3):
+        model = "model.class_path=helpers.PlainLog"
+        run = submit_tiny(f"plain-{processes}", model, "tracking.enabled=false", procs_per_node=processes)
+        assert ended(run) == "finished", run.attempts()[-1].error
+        values.append(run.read_json("results.json")["test/mean_label"])
+    assert values[0] == pytest.approx(sum(n % 8 for n in range(60)) / 60)
+    assert values[1] == pytest.approx(values[0])
 
 
 def test_attempts_without_progress_are_stopped(submit_tiny):
@@ -146,21 +169,20 @@ def test_drill_preempts_a_running_job(submit_tiny):
 
 
 def test_a_run_keeps_the_code_it_was_submitted_with(submit_tiny, tmp_path, monkeypatch):
+    """Also in a subfolder, with uncommitted changes, and although the job runs in the folder of submission."""
     project = tmp_path / "project"
-    project.mkdir()
+    (project / "exp").mkdir(parents=True)
     subprocess.run(["git", "init", "-q", project], check=True)
     (project / ".gitignore").write_text("big\n")
     (project / "big").write_text("data")
-    (project / "mine.py").write_text("version = 1\n")  # not even added to git
-    monkeypatch.chdir(project)
-    run = submit_tiny("snapshot", "tracking.enabled=false", "trainer.max_steps=1", procs_per_node=1)
-    (project / "mine.py").write_text("version = 2\n")
-    assert (run.path / "code/mine.py").read_text() == "version = 1\n"
+    code = "from helpers import SampleLog\nclass Mine(SampleLog):\n    def setup(self, *a, **k): print('VERSION', {})\n"
+    (project / "exp/mine.py").write_text(code.format(1))  # not even added to git
+    monkeypatch.chdir(project / "exp")
+    monkeypatch.syspath_prepend(str(project / "exp"))
+    run = submit_tiny("snapshot", "tracking.enabled=false", callbacks=("{class_path: mine.Mine}",), procs_per_node=1)
+    (project / "exp/mine.py").write_text(code.format(2))
     assert not (run.path / "code/big").exists()
-    line = next(line for line in run.script.read_text().splitlines() if line.startswith("export PYTHONPATH"))
-    code = "import paperscale, mine; print(paperscale.__file__, mine.version)"
-    show = f'run={run.path}; {line}; cd /; "{sys.executable}" -c "{code}"'
-    found = subprocess.run(["bash", "-c", show], capture_output=True, text=True, check=True).stdout.split()
-    assert Path(found[0]).is_relative_to(run.path / "code")
-    assert found[1] == "1"
-    assert ended(run) == "finished"
+    assert ended(run) == "finished", run.attempts()[-1].error
+    text = run.attempts()[0].log().read_text()
+    assert "VERSION 1" in text
+    assert "VERSION 2" not in text

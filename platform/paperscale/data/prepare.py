@@ -158,6 +158,7 @@ def prepare(name: str, out: Path, console: Console) -> Manifest:
             return manifest
         console.print(f"{out} is damaged and is written again")
         (out / MANIFEST).unlink()
+    _refuse_foreign(out)
     files, source = fetch_first(dataset.title, dataset.files, dataset.sources, console.print)
     train, train_labels = parse_idx(files[TRAIN_IMAGES]), parse_idx(files[TRAIN_LABELS])
     test, test_labels = parse_idx(files[TEST_IMAGES]), parse_idx(files[TEST_LABELS])
@@ -197,6 +198,18 @@ def prepare(name: str, out: Path, console: Console) -> Manifest:
     if problems := verified(out, console):
         raise UserError(f"{out}: {problems[0]}; the disk may be failing: choose another --out")
     return manifest
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Refuse to write shards among files of another kind.
+
+    Raises:
+        UserError: ``out`` holds such files.
+    """
+    ours = (".tar", ".tar.idx", ".partial")
+    foreign = [path.name for path in out.iterdir() if not path.name.endswith(ours)] if out.is_dir() else []
+    if foreign:
+        raise UserError(f"{out} holds other files ({', '.join(sorted(foreign)[:3])}); choose another --out")
 
 
 def verified(folder: Path, console: Console) -> list[str]:

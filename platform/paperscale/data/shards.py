@@ -65,7 +65,8 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     make = "make one with `paperscale data prepare mnist --out DIR`"
     if not folder.is_dir():
-        raise UserError(f"no shards at {folder}: the folder does not exist; {make} or set data.path")
+        what = "it is a file" if folder.exists() else "the folder does not exist"
+        raise UserError(f"no shards at {folder}: {what}; {make} or set data.path")
     if not path.exists():
         tars = len(list(folder.glob("*.tar")))
         raise UserError(f"{folder} holds {tars} tar files but no {MANIFEST}: not a set of ours, or unfinished; {make}")

@@ -71,6 +71,9 @@ class ShardStream(LightningDataModule):
         num_threads: int = 1,
     ):
         super().__init__()
+        for name, value in (("global_batch_size", global_batch_size), ("window", window)):
+            if value < 1:
+                raise UserError(f"data.{name} must be at least 1, not {value}")
         self.path = path
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size

@@ -18,6 +18,6 @@ def preempt(run: Run) -> str:
     """
     now = status(run)
     if now.state != "running" or run.info.engine == "here":
-        raise UserError(f"run '{run.name}' is {now.state} on {run.info.cluster}: submit it to a cluster first")
+        raise UserError(f"run '{run.name}' is {now.state} on '{run.info.cluster}'; a drill needs a job that is running")
     ENGINES[run.info.engine].interrupt(run, signal.SIGTERM)
     return f"sent SIGTERM to the processes of {run.name}; follow it with `paperscale logs {run.name} -f`"

@@ -147,6 +147,9 @@ class Local:
         """Signal the launcher, which passes it on to every rank."""
         attempts = run.attempts()
         try:
+            if run.info.engine == "here":
+                os.kill(int((run.job or "").partition("@")[0]), number)
+                return
             os.kill(int((attempts[-1].path / "launcher.pid").read_text()), number)
         except (OSError, IndexError, ValueError) as error:
             raise UserError(f"run '{run.name}' has no processes at the moment; try again") from error

@@ -34,7 +34,8 @@ def evaluate(stage: str, run: Run | None, recipe: list[str], checkpoint: Path | 
         for reason in passed_over:
             print(f"WARNING passed over {reason}")
     if checkpoint is None:
-        raise UserError(f"no checkpoint to {stage}: name a run (`paperscale runs`) or give --checkpoint FOLDER")
+        where = f"run '{run.name}' has no checkpoint that verifies" if run else "name a run (`paperscale runs`)"
+        raise UserError(f"no checkpoint to {stage}: {where}; or give --checkpoint FOLDER")
     manifest = verify(checkpoint)
     cli = RecipeCLI(recipe)
     trainer: Trainer = cli.trainer_for(
@@ -46,7 +47,11 @@ def evaluate(stage: str, run: Run | None, recipe: list[str], checkpoint: Path | 
         default_root_dir=str(checkpoint),  # in a job, Lightning loads any hpc_ckpt_* that it finds there
     )
     state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
-    cli.model.load_state_dict(state["state_dict"])
+    try:
+        cli.model.load_state_dict(state["state_dict"])
+    except RuntimeError as error:
+        first = " ".join(str(error).split())[:200]
+        raise UserError(f"{checkpoint} does not fit this recipe: {first}...; use the recipe that made it") from error
     if stage == "predict":
         parts: list[Any] = trainer.predict(cli.model, datamodule=cli.datamodule) or []
         values = torch.cat([part.cpu() for part in parts]).tolist()

@@ -9,7 +9,7 @@
         job.sh            the rendered job script
         job               engine and id of the job that carries the run now
         job.log           what the job script said
-        attempts/0001/    rank-0.log ..., attempt.json, exit_code
+        attempts/0001/    rank-0.log ..., attempt.json, exit_code, error (of the rank that failed first)
         checkpoints/      step-00000400/ ...
         progress.json     where the training is
         metrics.jsonl     every logged row
@@ -20,6 +20,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -152,6 +153,19 @@ class Attempt:
     def record(self, **facts: Any) -> None:
         """Add facts to ``attempt.json``."""
         write_atomically(self.path / "attempt.json", json.dumps({**self.facts, **facts}, indent=1).encode())
+
+    @property
+    def error(self) -> str:
+        """Return what ended the attempt, in the words of the rank that failed first; empty if none has."""
+        try:
+            return (self.path / "error").read_text().strip()
+        except OSError:
+            return ""
+
+    def record_error(self, rank: int, error: str) -> None:
+        """Note what made a rank fail, unless another rank failed before: what follows is mostly its consequence."""
+        with contextlib.suppress(OSError), (self.path / "error").open("x") as file:
+            file.write(f"rank {rank}: {error}\n")
 
     def log(self, rank: int = 0) -> Path:
         """Return the log of a rank."""

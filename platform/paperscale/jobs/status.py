@@ -48,6 +48,8 @@ def status(run: Run) -> RunStatus:
     attempts = run.attempts()
     code = attempts[-1].exit_code if attempts else None
     where = f"exit code {code}, attempt {len(attempts)}"
+    if attempts and attempts[-1].error:
+        where += f", {attempts[-1].error}"
     if code is None:
         detail = f"attempt {len(attempts)} was killed" if attempts else "its job left the queue before it started"
         return RunStatus("stopped", detail, progress, results)
@@ -74,6 +76,9 @@ def follow(run: Run, rank: int, attempt: int | None, forever: bool) -> Iterator[
     attempts = run.attempts()
     if not attempts and not forever:
         raise UserError(f"run '{run.name}' has not started: {status(run).detail or status(run).state}")
+    if attempts and not (attempts[-1].log(rank).exists() or forever):
+        ranks = len(list(attempts[-1].path.glob("rank-*.log")))
+        raise UserError(f"run '{run.name}' has ranks 0 to {ranks - 1}, not {rank}")
     number = attempt or (attempts[-1].number if attempts else 1)
     if attempt is not None and attempt not in [a.number for a in attempts]:
         raise UserError(f"run '{run.name}' has attempts 1 to {len(attempts)}, not {attempt}")
@@ -111,3 +116,6 @@ def print_log(run: Run, rank: int, attempt: int | None, forever: bool) -> None:
     for text in follow(run, rank, attempt, forever):
         sys.stdout.write(text)
         sys.stdout.flush()
+    attempts = [a for a in run.attempts() if attempt in (None, a.number)]
+    if attempts and attempts[-1].error:
+        print(f"--- attempt {attempts[-1].number} failed first on {attempts[-1].error}")

@@ -108,6 +108,9 @@ def submit(arguments: RecipeArguments, shape: Shape, name: str | None, dry_run: 
         UserError: anything is wrong; nothing has been queued and no run directory is left.
     """
     profile = shape.profile()
+    if profile.engine == "local" and (shape.time or shape.gpus_per_node):
+        option = "--time" if shape.time else "--gpus-per-node"
+        raise UserError(f"{option}: the local cluster sets no limits and shares all of this machine; leave it out")
     info = new_info(arguments.recipe.stem, name, profile, command)
     if dry_run:
         check_keys(arguments)

@@ -29,6 +29,7 @@ from paperscale.errors import (
     describe,
     is_users_mistake,
 )
+from paperscale.jobs import snapshot
 from paperscale.jobs.run import Attempt, Run
 from paperscale.training.checkpoint import newest_verified, read_manifest
 
@@ -54,6 +55,8 @@ def main(run_dir: str, attempt_number: int) -> int:
         code = FAILED
     except BaseException as error:
         code = USER_ERROR if is_users_mistake(error) else FAILED
+        what = describe(error) if code == USER_ERROR else f"{type(error).__name__}: {describe(error)}"
+        attempt.record_error(int(os.environ.get("RANK", 0)), what[:500])
         with contextlib.suppress(OSError):
             if code == USER_ERROR:
                 print(f"error: {describe(error)}", file=sys.stderr, flush=True)
@@ -94,6 +97,7 @@ class Worker:
         """Train to the end, or to where the ranks were told to stop; return the exit code."""
         from paperscale.training.recipe import RecipeCLI
 
+        snapshot.use(self.run.path / "code", Path(self.info.workdir))
         self.record(
             attempt=self.attempt.number,
             started=time.time(),
@@ -192,6 +196,7 @@ class Worker:
             *([RichProgressBar()] if self.on_terminal else []),
             own.FirstBatch(lambda position, samples: self.record(position=position, first_samples=samples)),
             own.StreamPosition(),
+            own.GlobalMetrics(),
             self.progress,
             own.Checkpointing(self.run.checkpoints, options, io, resume, self.is_current, self.say),
         ]
@@ -241,8 +246,10 @@ class Worker:
 
     def finish(self, cli: RecipeCLI, trainer: Trainer) -> None:
         """Score the test split and write the results; their presence says that the run is finished."""
+        from lightning.pytorch.utilities.model_helpers import is_overridden
+
         results = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        if cli.config_init.test_after_fit:
+        if cli.config_init.test_after_fit and is_overridden("test_step", cli.model):
             results.update(trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)[0])
         results["samples_per_s"] = round(self.progress.samples_per_s, 1)
         if self.rank == 0:

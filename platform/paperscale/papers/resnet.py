@@ -98,6 +98,9 @@ class CifarResNet(nn.Module):
         channels: C of the images.
         shortcut: option A (the paper's choice on CIFAR-10) or B.
         residual: ``False`` gives the plain network of the same depth.
+
+    Raises:
+        ValueError: n is less than 1.
     """
 
     def __init__(
@@ -109,6 +112,8 @@ class CifarResNet(nn.Module):
         residual: bool = True,
     ):
         super().__init__()
+        if n < 1:
+            raise ValueError(f"n must be at least 1, not {n}")
         self.conv1, self.bn1 = conv3x3(channels, 16), nn.BatchNorm2d(16)
         blocks: list[nn.Module] = []
         channels_in = 16

@@ -245,6 +245,25 @@ class Checkpointing(Checkpoint):
         return error
 
 
+class GlobalMetrics(Callback):
+    """Makes a plain ``self.log`` in validation and test the mean over all ranks' samples, not over rank 0's.
+
+    Lightning reduces at the end of the epoch, weighted by batch sizes; no step waits for another rank.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let the module's ``log`` reduce."""
+        plain = LightningModule.log
+
+        def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+            if trainer.validating or trainer.testing or trainer.sanity_checking:
+                kwargs.setdefault("sync_dist", True)
+            plain(pl_module, name, value, *args, **kwargs)
+
+        if trainer.world_size > 1:
+            pl_module.log = log  # type: ignore[method-assign]
+
+
 class ProgressReport(Callback):
     """Writes ``progress.json`` every second and prints a line now and then (rank 0).
 
@@ -292,6 +311,10 @@ class ProgressReport(Callback):
         """Write the end."""
         self.write(trainer)
         self.say(self.line(trainer))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write where an interruption or an error has struck."""
+        self.write(trainer)
 
     @property
     def samples_per_s(self) -> float:

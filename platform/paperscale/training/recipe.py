@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,7 +86,17 @@ class RecipeCLI(LightningCLI):
         """Make the DataModule and the model; the Trainer is made by :meth:`trainer_for`."""
         if not self.build:
             return
-        self.config_init = self.parser.instantiate_classes(self.config)
+        try:
+            self.config_init = self.parser.instantiate_classes(self.config)
+        except Exception as error:  # whatever a constructor raises, the values of the recipe made it do so
+            root: BaseException = error
+            while cause := root.__cause__ or root.__context__:
+                root = cause
+            if isinstance(root, UserError):
+                raise root from error
+            place = traceback.extract_tb(root.__traceback__)[-1]
+            where = f"{place.filename}, line {place.lineno}"
+            raise UserError(f"the recipe's values do not fit: {type(root).__name__}: {root} ({where})") from error
         self.datamodule: ShardStream = self._get(self.config_init, "data")
         if not isinstance(self.datamodule, ShardStream):
             raise UserError(
@@ -122,23 +133,33 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
         module = importlib.import_module(found[1])
         return f"no class '{found[2]}' in {found[1]}{nearest(found[2], vars(module))}"
     keys = re.findall(r"Parser key ['\"]([\w.]+)['\"]", message)
-    expected = re.findall(r"Expected an? (<class '[\w.]+'>|[\w \[\],]+)", message)
+    if causes := _causes(message):
+        of = f"{keys[0]}: " if keys else ""
+        owner = f"{classes[-1]}: " if classes else ""
+        return f"{of}{owner}{causes[0]}"
+    kinds = list(dict.fromkeys(re.findall(r"Expected an? <class '([\w.]+)'>", message)))
     given = re.findall(r"Given value: (.+)", message)
-    if keys and expected and given:
-        kinds = dict.fromkeys(kind.removeprefix("<class '").removesuffix("'>") for kind in expected)
-        return f"{keys[-1]}: expected {' or '.join(kinds)}, got {_plain(given[-1])}"
+    if keys and kinds:
+        nested = re.match(r"NestedArg\(key='(.*)', val='(.*)'\)", given[-1] if given else "")
+        key = f"{keys[0]}.{nested[1]}" if nested else keys[-1]
+        value = nested[2] if nested else given[-1] if given else ""
+        if nested:
+            kinds = [kind for kind in kinds if kind != "NoneType"] or kinds
+        return f"{key}: expected {' or '.join(kinds)}, got '{value}'"
     return " ".join(message.split())[:400]
+
+
+def _causes(message: str) -> list[str]:
+    """Return the lines of a parser's complaint that say what is wrong, without those that only say where."""
+    where = ("Expected a", "Problem with", "Parser key", "Subtypes", "Given value", "Does not validate", "Errors:")
+    lines = [line.strip().removeprefix("- ").strip() for line in message.splitlines()]
+    return [line for line in lines if line and not line.startswith(where)]
 
 
 def _unknown(key: str, known: Iterable[str], owner: Sequence[str] = ()) -> str:
     known = sorted(set(known))
     of = f" of {owner[0].rsplit('.', 1)[-1]}, which takes {', '.join(known)}" if owner else ""
     return f"unknown key '{key}'{of}{nearest(key, known)}"
-
-
-def _plain(value: str) -> str:
-    nested = re.match(r"NestedArg\(key='(.*)', val='(.*)'\)", value)
-    return f"{nested[1]}={nested[2]}" if nested else f"'{value}'"
 
 
 def _parameters(class_path: str) -> set[str]:

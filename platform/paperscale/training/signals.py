@@ -6,6 +6,7 @@ The default action of SIGUSR1 and SIGTERM ends a process, whether it imports, tr
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType
 
@@ -17,8 +18,10 @@ received: signal.Signals | None = None
 
 def _raise_flag(number: int, frame: FrameType | None) -> None:
     global received
-    if received is not None and number == signal.SIGINT:  # a person pressed Ctrl-C twice
-        raise KeyboardInterrupt
+    if number == signal.SIGINT:  # a person pressed Ctrl-C
+        if received is not None:
+            os._exit(128 + number)
+        os.write(2, b"\nstopping after this step; Ctrl-C again abandons what is not in a checkpoint\n")
     received = received or signal.Signals(number)
 
 
