@@ -160,6 +160,15 @@ def prepare(name: str, out: Path, console: Console) -> Manifest:
         (out / MANIFEST).unlink()
     _refuse_foreign(out)
     files, source = fetch_first(dataset.title, dataset.files, dataset.sources, console.print)
+    manifest = _write(name, dataset, files, source, out, console)
+    write_atomically(out / MANIFEST, manifest.to_json().encode())
+    if problems := verified(out, console):
+        raise UserError(f"{out}: {problems[0]}; the disk may be failing: choose another --out")
+    return manifest
+
+
+def _write(name: str, dataset: IdxImages, files: Files, source: str, out: Path, console: Console) -> Manifest:
+    """Write the shards of every split; return the manifest, which makes the set complete once it is written."""
     train, train_labels = parse_idx(files[TRAIN_IMAGES]), parse_idx(files[TRAIN_LABELS])
     test, test_labels = parse_idx(files[TEST_IMAGES]), parse_idx(files[TEST_LABELS])
     kept = len(train) - HELD_OUT
@@ -168,36 +177,18 @@ def prepare(name: str, out: Path, console: Console) -> Manifest:
         "val": (train[kept:], train_labels[kept:]),
         "test": (test, test_labels),
     }
+    written = {}
     with _progress(console) as progress:
         task = progress.add_task(f"writing {out}", total=len(train) + len(test))
-        written = {
-            split: write_split(
-                out,
-                split,
-                len(images),
-                _samples(split, images, labels),
-                progress=lambda done: progress.advance(task, done),
+        for split, (images, labels) in splits.items():
+            make = _samples(split, images, labels)
+            written[split] = write_split(
+                out, split, len(images), make, progress=lambda done: progress.advance(task, done)
             )
-            for split, (images, labels) in splits.items()
-        }
     scaled = train[:kept] / 255
-    manifest = Manifest(
-        name,
-        written,
-        list(dataset.classes),
-        {
-            "height": 28,
-            "width": 28,
-            "channels": 1,
-            "mean": [float(scaled.mean())],
-            "std": [float(scaled.std())],
-        },
-        {"source": source, "licence": dataset.licence, "title": dataset.title},
-    )
-    write_atomically(out / MANIFEST, manifest.to_json().encode())
-    if problems := verified(out, console):
-        raise UserError(f"{out}: {problems[0]}; the disk may be failing: choose another --out")
-    return manifest
+    image = {"height": 28, "width": 28, "channels": 1, "mean": [float(scaled.mean())], "std": [float(scaled.std())]}
+    provenance = {"source": source, "licence": dataset.licence, "title": dataset.title}
+    return Manifest(name, written, list(dataset.classes), image, provenance)
 
 
 def _refuse_foreign(out: Path) -> None:
