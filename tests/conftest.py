@@ -120,7 +120,7 @@ def slurm_answers() -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if any("slurm" in item.keywords for item in items) and (reason := slurm_answers()):
-        for item in items:
-            if "slurm" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason=reason))
+    need_slurm = [item for item in items if item.get_closest_marker("slurm")]
+    if need_slurm and (reason := slurm_answers()):
+        for item in need_slurm:
+            item.add_marker(pytest.mark.skip(reason=reason))

@@ -22,6 +22,14 @@ def paperscale(*words: str, cwd: Path | None = None, **env: str) -> subprocess.C
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **env}, check=False)
 
 
+def start_fit(recipe: Path, name: str, seconds: float) -> subprocess.Popen[str]:
+    """Train in a process of its own that waits after each step."""
+    slow = f"trainer.callbacks=[{{class_path: helpers.Slowly, init_args: {{seconds: {seconds}}}}}]"
+    command = [sys.executable, "-m", "paperscale", "fit", str(recipe), slow, "--name", name, "tracking.enabled=false"]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+
+
 @pytest.mark.parametrize(
     "words", [["--help"], ["recipes"], ["runs"], ["fit", "--help"], ["data", "prepare", "--help"], ["status", "x"]]
 )
@@ -134,19 +142,7 @@ def test_a_class_of_the_users_own_that_does_not_work(tmp_path, tiny_recipe, runs
 
 
 def test_cancel_stops_a_run_in_the_foreground(runs, tiny_recipe):
-    slow = "trainer.callbacks=[{class_path: helpers.Slowly, init_args: {seconds: 0.2}}]"
-    command = [
-        sys.executable,
-        "-m",
-        "paperscale",
-        "fit",
-        str(tiny_recipe),
-        slow,
-        "--name",
-        "here",
-        "tracking.enabled=false",
-    ]
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)})
+    process = start_fit(tiny_recipe, "here", seconds=0.2)
     run = Run(runs / "here")
     while run.read_json("progress.json").get("step", 0) < 2:
         time.sleep(0.05)
@@ -194,20 +190,7 @@ def test_fit_then_look_then_test_the_checkpoint(runs, tiny_recipe, capsys, monke
 
 
 def test_fit_stopped_by_ctrl_c_resumes_here(runs, tiny_recipe):
-    slow = "trainer.callbacks=[{class_path: helpers.Slowly, init_args: {seconds: 0.1}}]"
-    command = [
-        sys.executable,
-        "-m",
-        "paperscale",
-        "fit",
-        str(tiny_recipe),
-        slow,
-        "--name",
-        "stopped",
-        "tracking.enabled=false",
-    ]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+    process = start_fit(tiny_recipe, "stopped", seconds=0.1)
     run = Run(runs / "stopped")
     while run.read_json("progress.json").get("step", 0) < 3:
         time.sleep(0.05)

@@ -325,10 +325,13 @@ def _run(args: argparse.Namespace) -> Run:
 def run_resume(args: argparse.Namespace) -> int:
     """Continue a stopped run."""
     from paperscale.jobs.resume import resume
+    from paperscale.jobs.submit import Shape
 
     run = _run(args)
-    shape = {"nodes": args.nodes, "procs_per_node": args.procs_per_node, "gpus_per_node": args.gpus_per_node}
-    code = resume(run, {**shape, "time": args.time})
+    asked = Shape(
+        nodes=args.nodes, procs_per_node=args.procs_per_node, gpus_per_node=args.gpus_per_node, time=args.time
+    )
+    code = resume(run, asked)
     if code is None:
         print(f"resumed {run.name} as job {run.job}; follow it with `paperscale logs {run.name} -f`")
         return FINISHED

@@ -15,6 +15,7 @@ from paperscale.jobs.drill import preempt
 from paperscale.jobs.resume import resume
 from paperscale.jobs.run import Run
 from paperscale.jobs.status import cancel, follow, print_log, status
+from paperscale.jobs.submit import Shape
 from paperscale.tracking.wandb_files import read_runs
 
 _whole: list[Run] = []
@@ -107,23 +108,29 @@ def test_cancel_checkpoints_and_is_not_run_again_until_resumed(submit_tiny, whol
     assert 3 <= step < 24
     with pytest.raises(UserError, match="is cancelled: nothing to cancel"):
         cancel(run)
-    assert resume(run, {}) is None
+    with pytest.raises(UserError, match="--time: the local cluster sets no limits"):
+        resume(run, Shape(time="1:00"))
+    assert run.cancelled, "a refused resume changes nothing"
+    assert resume(run, Shape()) is None
     assert ended(run) == "finished"
     assert equal(final_state(run), final_state(whole))
     with pytest.raises(UserError, match="is finished"):
-        resume(run, {})
+        resume(run, Shape())
 
 
 def test_another_number_of_processes_trains_on_the_same_global_batches(submit_tiny, whole):
     run = submit_tiny("elastic", "tracking.enabled=false", callbacks=(callback("Slowly", seconds=0.2),))
     wait_for(lambda: run.read_json("progress.json").get("step", 0) >= 3)
     cancel(run)
-    resume(run, {"procs_per_node": 3})
+    resume(run, Shape(procs_per_node=3))
     wait_for(lambda: run.read_json("progress.json").get("step", 0) >= 9 and len(run.attempts()) == 2)
     cancel(run)
-    resume(run, {"procs_per_node": 1})
+    resume(run, Shape(procs_per_node=1))
     assert ended(run) == "finished"
     assert [len(list(attempt.path.glob("rank-*.log"))) for attempt in run.attempts()] == [2, 3, 1]
+    assert next(follow(run, rank=2, attempt=2, forever=False))
+    with pytest.raises(UserError, match="attempt 3 of run 'elastic' has ranks 0 to 0, not 2"):
+        next(follow(run, rank=2, attempt=None, forever=False))
     assert trained_samples(run) == trained_samples(whole)
 
 

@@ -166,7 +166,7 @@ class Local:
             time.sleep(0.1)
 
 
-ENGINES: dict[str, EngineInterface] = {"slurm": Slurm(), "local": Local()}
+ENGINES: dict[str, EngineInterface] = {"slurm": Slurm(), "local": Local(), "here": Local()}
 
 
 def process_id(pid: int) -> str:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from paperscale.errors import FINISHED, REQUEUE
-from paperscale.jobs import snapshot
 from paperscale.jobs.engines import process_id
-from paperscale.jobs.run import Attempt, Run, RunInfo, create, free_name, refuse_taken
-from paperscale.jobs.submit import resolve
+from paperscale.jobs.run import Attempt, Run, RunInfo, free_name, refuse_taken
+from paperscale.jobs.submit import new_run, resolve
 from paperscale.recipes import RecipeArguments
 from paperscale.tracking.identity import new_id
 from paperscale.training import signals
@@ -30,9 +29,8 @@ def fit(recipe: RecipeArguments, name: str | None, command: str) -> int:
     resolved = resolve(recipe, world_size=1)
     base = recipe.recipe.stem
     info = RunInfo(name or free_name(base), base, "here", "here", 1, 1, new_id(), time.time(), command, str(Path.cwd()))
-    run = create(info, resolved)
-    snapshot.take(run.path / "code", Path.cwd())
-    return train_here(run)
+    with new_run(info, resolved) as run:
+        return train_here(run)
 
 
 class _Tee:

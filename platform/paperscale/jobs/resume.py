@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
 
 from paperscale.data.writer import write_atomically
 from paperscale.errors import UserError
-from paperscale.jobs import profile as profiles
 from paperscale.jobs.engines import ENGINES
-from paperscale.jobs.run import Run
+from paperscale.jobs.run import Run, RunInfo
 from paperscale.jobs.status import LIVE, status
-from paperscale.jobs.submit import render, start
+from paperscale.jobs.submit import Shape, render, start
 
 
-def resume(run: Run, asked: dict[str, Any]) -> int | None:
+def resume(run: Run, asked: Shape) -> int | None:
     """Submit the run's job again, or train here if it was begun with ``fit``.
 
     Args:
         run: the run.
-        asked: ``nodes``, ``procs_per_node``, ``gpus_per_node`` and ``time`` where they are to change.
+        asked: what is to change; the cluster stays the run's.
 
     Returns:
         The exit code of training here; ``None`` for a job.
@@ -33,25 +31,32 @@ def resume(run: Run, asked: dict[str, Any]) -> int | None:
         raise UserError(f"run '{run.name}' is {now.state} ({now.detail}); `paperscale cancel {run.name}` ends it first")
     if now.state == "finished":
         raise UserError(f"run '{run.name}' is finished; submit the recipe again under another --name")
-    changes = {name: value for name, value in asked.items() if value is not None}
-    if "gpus_per_node" in changes:
-        changes.setdefault("procs_per_node", changes["gpus_per_node"])
-    (run.path / "cancelled").unlink(missing_ok=True)
-    (run.path / "stalled").unlink(missing_ok=True)
     info = run.info
+    changed = dataclasses.replace(asked, cluster=info.cluster) != Shape(info.cluster)
+    if info.engine == "here" and changed:
+        raise UserError(f"run '{run.name}' trains here in one process; submit it to a cluster for more")
+    if changed:
+        _reshape(run, info, asked)
+    for mark in ("cancelled", "stalled"):
+        (run.path / mark).unlink(missing_ok=True)
     if info.engine == "here":
-        if changes:
-            raise UserError(f"run '{run.name}' trains here in one process; submit it to a cluster for more")
         from paperscale.jobs.foreground import train_here
 
         return train_here(run)
-    profile = dataclasses.replace(
-        profiles.load(info.cluster), **{"nodes": info.nodes, "procs_per_node": info.procs_per_node, **changes}
-    )
-    if changes:
-        info = dataclasses.replace(info, nodes=profile.nodes, procs_per_node=profile.processes_per_node)
-        ENGINES[info.engine].check(profile, info)
-        write_atomically(run.script, render(info, profile).encode())
-        write_atomically(run.path / "run.json", json.dumps(dataclasses.asdict(info), indent=1).encode())
     start(run)
     return None
+
+
+def _reshape(run: Run, info: RunInfo, asked: Shape) -> None:
+    """Write the run's script for other nodes, processes or time."""
+    shape = dataclasses.replace(
+        asked,
+        cluster=info.cluster,
+        nodes=asked.nodes or info.nodes,
+        procs_per_node=asked.procs_per_node or asked.gpus_per_node or info.procs_per_node,
+    )
+    profile = shape.profile()
+    info = dataclasses.replace(info, nodes=profile.nodes, procs_per_node=profile.processes_per_node)
+    ENGINES[info.engine].check(profile, info)
+    write_atomically(run.script, render(info, profile).encode())
+    write_atomically(run.path / "run.json", json.dumps(dataclasses.asdict(info), indent=1).encode())

@@ -39,8 +39,7 @@ def status(run: Run) -> RunStatus:
     progress, results = run.read_json("progress.json"), run.read_json("results.json")
     if results:
         return RunStatus("finished", "", progress, results)
-    engine = "local" if run.info.engine == "here" else run.info.engine
-    job = ENGINES[engine].state(run.job) if run.job else None
+    job = ENGINES[run.info.engine].state(run.job) if run.job else None
     if job and job.state in LIVE:
         return RunStatus(job.state, job.detail, progress, results)
     if run.cancelled:
@@ -68,7 +67,7 @@ def cancel(run: Run) -> None:
     if now.state not in LIVE:
         raise UserError(f"run '{run.name}' is {now.state}: nothing to cancel")
     (run.path / "cancelled").touch()  # before the signal, so that the script does not run the job again
-    ENGINES["local" if run.info.engine == "here" else run.info.engine].cancel(run)
+    ENGINES[run.info.engine].cancel(run)
 
 
 def follow(run: Run, rank: int, attempt: int | None, forever: bool) -> Iterator[str]:
@@ -76,12 +75,12 @@ def follow(run: Run, rank: int, attempt: int | None, forever: bool) -> Iterator[
     attempts = run.attempts()
     if not attempts and not forever:
         raise UserError(f"run '{run.name}' has not started: {status(run).detail or status(run).state}")
-    if attempts and not (attempts[-1].log(rank).exists() or forever):
-        ranks = len(list(attempts[-1].path.glob("rank-*.log")))
-        raise UserError(f"run '{run.name}' has ranks 0 to {ranks - 1}, not {rank}")
     number = attempt or (attempts[-1].number if attempts else 1)
     if attempt is not None and attempt not in [a.number for a in attempts]:
         raise UserError(f"run '{run.name}' has attempts 1 to {len(attempts)}, not {attempt}")
+    ranks = len(list((run.path / "attempts" / f"{number:04d}").glob("rank-*.log")))
+    if not forever and 0 < ranks <= rank:
+        raise UserError(f"attempt {number} of run '{run.name}' has ranks 0 to {ranks - 1}, not {rank}")
     offset, last_check, ended = 0, 0.0, False
     while True:
         text, offset = _read_from(run.path / "attempts" / f"{number:04d}" / f"rank-{rank}.log", offset)

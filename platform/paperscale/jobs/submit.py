@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shlex
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +38,15 @@ class Shape:
     time: str | None = None
 
     def profile(self) -> Profile:
-        """Return the cluster's profile with what was asked for in place of its defaults."""
+        """Return the cluster's profile with what was asked for in place of its defaults.
+
+        Raises:
+            UserError: there is no such profile, or its engine has no use for what was asked.
+        """
         profile = profiles.load(self.cluster)
+        if profile.engine == "local" and (self.time or self.gpus_per_node):
+            option = "--time" if self.time else "--gpus-per-node"
+            raise UserError(f"{option}: the local cluster sets no limits and shares all of this machine; leave it out")
         asked: dict[str, Any] = {
             "nodes": self.nodes,
             "procs_per_node": self.procs_per_node or self.gpus_per_node,
@@ -108,25 +117,29 @@ def submit(arguments: RecipeArguments, shape: Shape, name: str | None, dry_run: 
         UserError: anything is wrong; nothing has been queued and no run directory is left.
     """
     profile = shape.profile()
-    if profile.engine == "local" and (shape.time or shape.gpus_per_node):
-        option = "--time" if shape.time else "--gpus-per-node"
-        raise UserError(f"{option}: the local cluster sets no limits and shares all of this machine; leave it out")
     info = new_info(arguments.recipe.stem, name, profile, command)
     if dry_run:
         check_keys(arguments)
         return render(info, profile)
     ENGINES[profile.engine].check(profile, info)
     recipe = resolve(arguments, profile.nodes * profile.processes_per_node)
+    with new_run(info, recipe) as run:
+        run.script.write_text(render(info, profile))
+        start(run)
+    return run
+
+
+@contextlib.contextmanager
+def new_run(info: RunInfo, recipe: str) -> Iterator[Run]:
+    """Create a run with its copy of the code; leave nothing of it behind if no job comes of it."""
     run = create(info, recipe)
     try:
         snapshot.take(run.path / "code", Path.cwd())
-        run.script.write_text(render(info, profile))
-        start(run)
+        yield run
     except BaseException:
-        if not run.job:  # nothing was queued: leave no half-made run behind
+        if not run.job:
             shutil.rmtree(run.path, ignore_errors=True)
         raise
-    return run
 
 
 def start(run: Run) -> None:

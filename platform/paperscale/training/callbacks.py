@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -380,6 +381,7 @@ class FirstBatch(Callback):
 
 def exit_now(code: int) -> None:
     """End the process with ``code`` at once: background threads and a lost W&B service must not hold it up."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a log on a full disk must not change the code
+            stream.flush()
     os._exit(code)
