@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paperscale.data.shards import MANIFEST, Manifest
-from paperscale.data.writer import write_atomically, write_split
+from paperscale.data.writer import Sample, ShardWriter
 
 SIZES = {"train": 230, "val": 50, "test": 60}  # no multiple of a batch size, on purpose
 
@@ -28,22 +27,24 @@ def image_of(split: str, number: int) -> tuple[np.ndarray, int]:
     return image, label
 
 
-def samples(split: str):
-    def make(start: int, stop: int):
-        for number in range(start, stop):
-            image, label = image_of(split, number)
-            png = io.BytesIO()
-            Image.fromarray(image).save(png, "png")
-            yield {"__key__": f"{split}-{number:04d}", "png": png.getvalue(), "cls": str(label).encode()}
-
-    return make
+def encode(of: tuple[str, int]) -> Sample:
+    split, number = of
+    image, label = image_of(split, number)
+    png = io.BytesIO()
+    Image.fromarray(image).save(png, "png")
+    return {"__key__": f"{split}-{number:04d}", "png": png.getvalue(), "cls": str(label).encode()}
 
 
-def write_set(folder: Path, per_shard: int = 37) -> Path:
-    splits = {s: write_split(folder, s, n, samples(s), per_shard=per_shard) for s, n in SIZES.items()}
+def items(split: str) -> list[tuple[str, int]]:
+    return [(split, number) for number in range(SIZES[split])]
+
+
+def write_set(folder: Path, shard_samples: int = 37, num_processes: int | None = 0) -> Path:
     image = {"height": 8, "width": 8, "channels": 1, "mean": [0.25], "std": [0.2]}
-    manifest = Manifest("tiny", splits, [str(c) for c in range(8)], image, {"source": "the test suite"})
-    write_atomically(folder / MANIFEST, manifest.to_json().encode())
+    facts = {"classes": [str(c) for c in range(8)], "image": image, "provenance": {"source": "the test suite"}}
+    with ShardWriter(folder, "tiny", shard_samples=shard_samples, num_processes=num_processes, **facts) as writer:
+        for split in SIZES:
+            writer.write(split, items(split), encode)
     return folder
 
 

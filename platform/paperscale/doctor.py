@@ -108,10 +108,10 @@ def _slurm(cluster: str | None) -> Iterator[Check]:
 
 
 def _shards(folder: Path) -> Check:
-    from paperscale.data.shards import verify
+    from paperscale.data.verify import verify
 
     try:
-        problems = verify(folder)
+        problems = verify(folder).problems
     except UserError as error:
         return Check("FAIL", "shards", str(error), "prepare the set")
     if problems:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -10,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from PIL import Image
 
-from conftest import SIZES, image_of, samples, write_set
+from conftest import SIZES, encode, image_of, items, write_set
 from paperscale.data import index as shard_index
-from paperscale.data.images import decode
-from paperscale.data.shards import ShardSet, read_manifest, verify
-from paperscale.data.writer import write_split
+from paperscale.data.faults import SampleFault
+from paperscale.data.shards import ShardSet, read_manifest
+from paperscale.data.verify import verify
+from paperscale.data.writer import ShardWriter
 from paperscale.errors import UserError
 
 
@@ -32,8 +35,8 @@ def test_every_sample_comes_back(tiny_shards):
         for row in range(size):
             sample = shards.read(shard, row)
             image, label = image_of("train", number)
-            assert np.array_equal(decode(sample["png"])[:, :, 0], image)
-            assert int(sample["cls"]) == label
+            assert np.array_equal(np.asarray(Image.open(io.BytesIO(sample["png"]))), image)
+            assert int(bytes(sample["cls"])) == label
             number += 1
     assert number == SIZES["train"]
 
@@ -50,13 +53,12 @@ def test_webdataset_reads_our_tars(tiny_shards):
 
 def test_a_killed_writer_goes_on_after_the_last_complete_shard(tmp_path):
     script = (
-        "import os, sys; sys.path.insert(0, sys.argv[2]); from pathlib import Path\n"
-        "from conftest import samples\nfrom paperscale.data.writer import write_split\n"
-        "def dying(start, stop):\n"
-        "    for n, s in enumerate(samples('train')(start, stop)):\n"
-        "        if start == 74 and n == 20: os.kill(os.getpid(), 9)\n"
-        "        yield s\n"
-        "write_split(Path(sys.argv[1]), 'train', 230, dying, per_shard=37)\n"
+        "import os, sys; sys.path.insert(0, sys.argv[2])\n"
+        "from conftest import encode, items\nfrom paperscale.data.writer import ShardWriter\n"
+        "def dying(item):\n"
+        "    if item[1] == 94: os.kill(os.getpid(), 9)\n"
+        "    return encode(item)\n"
+        "ShardWriter(sys.argv[1], 'tiny', shard_samples=37, num_processes=0).write('train', items('train'), dying)\n"
     )
     here = str(Path(__file__).parents[1])
     result = subprocess.run([sys.executable, "-c", script, str(tmp_path / "set"), here], check=False)
@@ -66,16 +68,58 @@ def test_a_killed_writer_goes_on_after_the_last_complete_shard(tmp_path):
     kept = (tmp_path / "set/train-000000.tar").stat().st_mtime_ns
     asked: list[int] = []
 
-    def counting(start, stop):
-        asked.append(start)
-        return samples("train")(start, stop)
+    def counting(item):
+        asked.append(item[1])
+        return encode(item)
 
-    write_split(tmp_path / "set", "train", 230, counting, per_shard=37)
-    assert asked == [74, 111, 148, 185, 222], "complete shards are not written again"
+    with ShardWriter(tmp_path / "set", "tiny", shard_samples=37, num_processes=0) as writer:
+        writer.write("train", items("train"), counting)
+    assert asked == [73, *range(74, 230)], "complete shards are not encoded again, but for the sample that is compared"
     assert (tmp_path / "set/train-000000.tar").stat().st_mtime_ns == kept
     whole = write_set(tmp_path / "whole")
     for tar in (tmp_path / "set").glob("*.tar"):
         assert tar.read_bytes() == (whole / tar.name).read_bytes()
+
+
+def test_a_resumed_writer_refuses_another_input(tmp_path):
+    ShardWriter(tmp_path, "tiny", shard_samples=37, num_processes=0).write("train", items("train"), encode)
+    with pytest.raises(UserError, match="end with sample 'train-0229', the input has 'train-0000' in its place"):
+        ShardWriter(tmp_path, "tiny", num_processes=0).write("train", reversed(items("train")), encode)
+    with pytest.raises(UserError, match="end with sample 'train-0229', the input ends before"):
+        ShardWriter(tmp_path, "tiny", num_processes=0).write("train", items("train")[:50], encode)
+
+
+def test_the_number_of_processes_does_not_change_the_bytes(tmp_path, tiny_shards):
+    again = write_set(tmp_path / "again", num_processes=2)
+    for path in tiny_shards.iterdir():
+        assert (again / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_shards_are_closed_at_the_target_size(tmp_path):
+    with ShardWriter(tmp_path, "tiny", shard_bytes=100_000) as writer:
+        writer.write("train", items("train"), encode)
+    sizes = [shard.bytes for shard in read_manifest(tmp_path).splits["train"]]
+    assert all(100_000 <= size < 115_000 for size in sizes[:-1])
+    assert len(sizes) > 3
+
+
+def test_a_complete_set_is_not_written_over(tiny_shards):
+    with pytest.raises(UserError, match="holds a complete set; choose another folder"):
+        ShardWriter(tiny_shards, "tiny")
+
+
+def test_shards_of_a_longer_input_are_removed(tmp_path):
+    ShardWriter(tmp_path, "tiny", shard_samples=37, num_processes=0).write("train", items("train"), encode)
+    (tmp_path / "train-000002.tar").write_bytes(b"damaged")
+    with ShardWriter(tmp_path, "tiny", shard_samples=37, num_processes=0) as writer:
+        writer.write("train", items("train")[:100], encode)
+    assert sorted(p.name for p in tmp_path.glob("*.tar")) == [f"train-{n:06d}.tar" for n in range(3)]
+
+
+def test_the_index_knows_the_keys(tiny_shards):
+    shards = ShardSet(tiny_shards, "train")
+    assert shards.key(1, 3) == "train-0040"
+    assert shard_index.load(tiny_shards / "train-000000.tar").keys() == [f"train-{n:04d}" for n in range(37)]
 
 
 def test_missing_folder(tmp_path):
@@ -98,7 +142,8 @@ def test_an_index_that_does_not_match_its_tar(own_shards):
     tar = own_shards / "train-000001.tar"
     tar.write_bytes(tar.read_bytes() + b"\0" * 512)
     with pytest.raises(UserError, match=r"train-000001\.tar\.idx: made for a tar of \d+ bytes, train-000001\.tar has"):
-        ShardSet(own_shards, "train").read(1, 0)
+        shard_index.load(tar)
+    assert "train-000001.tar: has" in ShardSet(own_shards, "train").check()[0]
 
 
 @pytest.mark.parametrize("damage", ["magic", "body", "cut", "missing"])
@@ -112,7 +157,7 @@ def test_a_damaged_index(own_shards, damage):
     elif damage == "cut":
         del content[-40:]
     path.write_bytes(content) if damage != "missing" else path.unlink()
-    with pytest.raises(UserError, match=r"train-000000\.tar\.idx.*prepare the set again"):
+    with pytest.raises(UserError, match=r"train-000000\.tar.*(idx: damaged index|No such file)"):
         ShardSet(own_shards, "train").read(0, 0)
 
 
@@ -124,22 +169,22 @@ def test_a_flipped_byte_in_a_sample_is_caught_when_it_is_read(own_shards):
     tar.write_bytes(content)
     shards = ShardSet(own_shards, "train")
     shards.read(0, 4)
-    with pytest.raises(UserError, match=rf"sample 5, field 'png' at byte {offset} is damaged"):
+    with pytest.raises(SampleFault, match=rf"train-000000\.tar: sample 'train-0005': member 'png' at byte {offset}: its"):
         shards.read(0, 5)
 
 
 def test_verify_lists_every_damaged_shard(own_shards):
-    assert verify(own_shards) == []
+    assert verify(own_shards).problems == []
     (own_shards / "train-000000.tar").unlink()
     tar = own_shards / "val-000000.tar"
     content = bytearray(tar.read_bytes())
     content[600] ^= 1
     tar.write_bytes(content)
-    problems = verify(own_shards)
-    assert len(problems) == 2
+    problems = verify(own_shards).problems
+    assert len(problems) == 3
     assert "train-000000.tar is missing" in problems[0]
-    assert "val-000000.tar" in problems[1]
-    assert "SHA-256" in problems[1]
+    assert "val-000000.tar: its content is not what was written (SHA-256 differs" in problems[1]
+    assert "val-000000.tar: sample 'val-0000': member" in problems[2]
 
 
 def test_a_manifest_of_another_version_is_refused(own_shards):

@@ -1,20 +1,62 @@
-"""Delivering batches in order, prepared ahead on threads.
+"""Delivering batches in order, prepared ahead on threads or by worker processes.
 
 Reading, checksums and image decoders release the interpreter lock, so threads do the work of worker processes
-without copying batches between processes. The batches do not depend on the number of threads.
+without copying batches between processes, and several threads fill one batch. The batches do not depend on either.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, TypeVar
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from paperscale.errors import UserError
 
 Plan = TypeVar("Plan")
 Batch = TypeVar("Batch")
+Plan_ = TypeVar("Plan_", contravariant=True)
+Batch_ = TypeVar("Batch_", covariant=True)
 
-_AHEAD = 2  # batches in preparation per thread
+
+class Job(Protocol[Batch_]):
+    """One batch in preparation."""
+
+    parts: Sequence[Callable[[], None]]
+    """Each fills its own rows of the batch; they run in any order, on several threads at once."""
+
+    def finish(self) -> Batch_:
+        """Return the batch, once all parts have run."""
+
+
+class Reader(Protocol[Plan_, Batch_]):
+    """Makes batches of plans."""
+
+    def start(self, plan: Plan_) -> Job[Batch_]:
+        """Begin a batch: allocate it and divide the work."""
+
+    def describe(self, plan: Plan_) -> str:
+        """Return what is being read, for an error."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Who prepares batches.
+
+    Attributes:
+        threads: threads of this process; 0 prepares each batch when it is asked for.
+        processes: worker processes instead, for transforms that hold the interpreter lock.
+        ahead: batches in preparation beside the one in use; for each worker process, if there are any.
+        timeout_s: seconds after which a batch that does not come is an error.
+    """
+
+    threads: int = 1
+    processes: int = 0
+    ahead: int = 2
+    timeout_s: float = 600.0
 
 
 class OrderedLoader(Generic[Plan, Batch]):
@@ -22,37 +64,111 @@ class OrderedLoader(Generic[Plan, Batch]):
 
     Args:
         plans: called at every ``iter()``: what to prepare, from wherever the stream stands by then.
-        prepare: makes one batch; called on several threads at once.
-        length: batches that a whole pass yields (a pass that begins in the middle yields fewer).
-        num_threads: threads that prepare batches; 0 prepares each batch when it is asked for.
+        reader: makes the batches; with worker processes it is pickled.
+        length: batches that a whole pass yields (a pass that begins in the middle yields fewer); ``None`` where that
+            is not known beforehand.
+        workers: who prepares them.
     """
 
     def __init__(
         self,
         plans: Callable[[], Iterable[Plan]],
-        prepare: Callable[[Plan], Batch],
-        length: int,
-        num_threads: int = 1,
+        reader: Reader[Plan, Batch],
+        length: int | None,
+        workers: Workers | None = None,
     ):
-        self.plans, self.prepare, self.length, self.num_threads = plans, prepare, length, num_threads
+        self.plans, self.reader, self.length = plans, reader, length
+        self.workers = workers or Workers()
 
     def __len__(self) -> int:
-        """Return the number of batches of a whole pass."""
+        """Return the number of batches of a whole pass.
+
+        Raises:
+            TypeError: it is not known beforehand.
+        """
+        if self.length is None:
+            raise TypeError("batches are cut by tokens: their number differs between epochs")
         return self.length
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches."""
-        if self.num_threads == 0:
-            yield from map(self.prepare, self.plans())
-            return
-        waiting: deque[Future[Batch]] = deque()
-        pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="paperscale-data")
+        if self.workers.processes:
+            return self._by_processes()
+        return self._by_threads() if self.workers.threads else self._here()
+
+    def _here(self) -> Iterator[Batch]:
+        for plan in self.plans():
+            yield prepare(self.reader, plan)
+
+    def _by_threads(self) -> Iterator[Batch]:
+        waiting: deque[tuple[Plan, Job[Batch], list[Future[None]]]] = deque()
+        pool = ThreadPoolExecutor(self.workers.threads, thread_name_prefix="paperscale-data")
         try:
             for plan in self.plans():
-                waiting.append(pool.submit(self.prepare, plan))
-                if len(waiting) > _AHEAD * self.num_threads:
-                    yield waiting.popleft().result()
+                job = self.reader.start(plan)
+                waiting.append((plan, job, [pool.submit(part) for part in job.parts]))
+                if len(waiting) > self.workers.ahead:
+                    yield self._finished(*waiting.popleft())
             while waiting:
-                yield waiting.popleft().result()
+                yield self._finished(*waiting.popleft())
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def _finished(self, plan: Plan, job: Job[Batch], parts: list[Future[None]]) -> Batch:
+        for part in parts:
+            try:
+                part.result(self.workers.timeout_s)
+            except FutureTimeout as error:
+                raise UserError(
+                    f"no batch for {self.workers.timeout_s:g} s, while reading {self.reader.describe(plan)}: the file "
+                    "system or server does not answer; check it, then resume the run"
+                ) from error
+        return job.finish()
+
+    def _by_processes(self) -> Iterator[Batch]:
+        from torch.utils.data import DataLoader
+
+        loader: DataLoader[Any] = DataLoader(
+            _Prepared(self.reader),  # type: ignore[arg-type]
+            sampler=_Plans(self.plans),  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=self.workers.processes,
+            prefetch_factor=self.workers.ahead,
+            timeout=self.workers.timeout_s,
+            multiprocessing_context=multiprocessing.get_context("forkserver"),
+        )
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
+def prepare(reader: Reader[Plan, Batch], plan: Plan) -> Batch:
+    """Return the batch of a plan, prepared here and now."""
+    job = reader.start(plan)
+    for part in job.parts:
+        part()
+    return job.finish()
+
+
+class _Prepared:
+    """A data set, to torch's loader, whose items are the batches of plans."""
+
+    def __init__(self, reader: Reader[Any, Any]):
+        self.reader = reader
+
+    def __getitem__(self, plan: Any) -> Any:
+        try:
+            return prepare(self.reader, plan)
+        except UserError as error:  # torch would wrap it into a traceback
+            return error
+
+
+class _Plans:
+    """A sampler, to torch's loader, that draws plans."""
+
+    def __init__(self, plans: Callable[[], Iterable[Any]]):
+        self.plans = plans
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.plans())

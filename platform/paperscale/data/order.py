@@ -4,22 +4,66 @@ Shards are permuted, laid end to end, and shuffled inside windows of a bounded n
 close to sequential, memory is bounded by one window, and a seek costs one window's permutation wherever it lands.
 
 **Epochs.** Position ``p`` of a run with ``N`` samples belongs to epoch ``p // N``; each epoch visits every sample
-exactly once. Batches never straddle two epochs: the last global batch of an epoch is the short one, it holds the
-``N mod global_batch_size`` samples that remain, divided over the ranks as evenly as whole samples allow.
+exactly once. Batches never straddle two epochs. How positions are cut into batches is in
+:mod:`paperscale.data.batching`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from paperscale.data.random import permutation
+from paperscale.errors import UserError
 
 _SHARDS, _SAMPLES = 1, 2  # keep the two permutations of an epoch independent of each other
+_WINDOWS = 3  # planned windows that are kept: threads work on both sides of a border
+
+
+class Taken(NamedTuple):
+    """Samples at consecutive positions.
+
+    Attributes:
+        samples: their numbers, int64 [n].
+        epochs: how often each has been visited before, int64 [n]: what its augmentation is drawn from.
+    """
+
+    samples: NDArray[np.int64]
+    epochs: NDArray[np.int64]
+
+
+class Order(Protocol):
+    """A sequence of samples, epoch after epoch."""
+
+    def __len__(self) -> int:
+        """Return the number of positions of one epoch."""
+
+    def take(self, epoch: int, start: int, stop: int) -> Taken:
+        """Return the samples at positions ``start`` to ``stop`` of ``epoch``."""
+
+
+class Windows:
+    """The few windows that were planned last, for several threads."""
+
+    def __init__(self, plan: Callable[[int, int], Any]):
+        self._plan = plan
+        self._kept: OrderedDict[tuple[int, int], Any] = OrderedDict()
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        """Return the plan of window ``(epoch, number)``. Two threads may both make it: it is the same."""
+        found = self._kept.get(key)
+        if found is None:
+            found = self._plan(*key)
+            kept = OrderedDict([*list(self._kept.items())[1 - _WINDOWS :], (key, found)])
+            self._kept = kept  # replaced whole, never changed: readers need no lock
+        return found
+
+    def __reduce__(self) -> tuple[type[Windows], tuple[Callable[[int, int], Any]]]:  # worker processes plan their own
+        return Windows, (self._plan,)
 
 
 class SampleOrder:
@@ -29,41 +73,39 @@ class SampleOrder:
         sizes: samples of each shard.
         seed: fixes the order together with the epoch.
         shuffle: ``False`` gives the order in which the samples were written.
-        window: samples that are shuffled together; bounds memory (16 bytes a sample) and the span of reading.
+        window: samples that are shuffled together; bounds memory (24 bytes a sample) and the span of reading.
     """
 
     def __init__(self, sizes: Sequence[int], *, seed: int = 0, shuffle: bool = True, window: int = 1 << 16):
         self.sizes = np.asarray(sizes, np.int64)
         self.seed, self.shuffle, self.window = seed, shuffle, window
         self.starts = np.concatenate([[0], np.cumsum(self.sizes)])
+        self._samples = int(self.starts[-1])
         self._shards: tuple[int, NDArray[np.int64], NDArray[np.int64]] | None = None
-        self._window: tuple[tuple[int, int], NDArray[np.int64]] | None = None
+        self._windows = Windows(self._shuffled)
 
     def __len__(self) -> int:
         """Return the number of samples of one epoch."""
-        return int(self.starts[-1])
+        return self._samples
+
+    def take(self, epoch: int, start: int, stop: int) -> Taken:
+        """Return the samples at positions ``start`` to ``stop`` of ``epoch``."""
+        samples = self.samples(epoch, start, stop)
+        return Taken(samples, np.full(len(samples), epoch))
 
     def samples(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
         """Return the sample numbers at positions ``start`` to ``stop`` of ``epoch``, shape [stop - start].
 
         A sample's number counts the samples of the set in the order they were written: 0 .. len(self) - 1.
         """
-        stop = min(stop, len(self))
+        stop = min(stop, self._samples)
         if not self.shuffle:
             return np.arange(start, stop)
-        parts = []
-        while start < stop:
-            number = start // self.window
-            samples = self._shuffled(epoch, number)
-            first = start - number * self.window
-            part = samples[first : first + stop - start]
-            parts.append(part)
-            start += len(part)
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+        return windowed(start, stop, self.window, lambda number: self._windows[epoch, number])
 
     def locate(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the shard of each sample and its row inside that shard."""
-        shards = np.searchsorted(self.starts, samples, side="right") - 1
+        shards = self.starts.searchsorted(samples, side="right") - 1
         return shards, samples - self.starts[shards]
 
     def _permuted_shards(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -76,92 +118,92 @@ class SampleOrder:
 
     def _shuffled(self, epoch: int, number: int) -> NDArray[np.int64]:
         """Return the sample numbers of one window, shuffled."""
-        cached = self._window
-        if cached is None or cached[0] != (epoch, number):
-            order, begins = self._permuted_shards(epoch)
-            start = number * self.window
-            stop = min(start + self.window, len(self))
-            first, last = np.searchsorted(begins, [start, stop - 1], side="right") - 1
-            ranges = []
-            for k in range(first, last + 1):
-                low, high = max(start, begins[k]), min(stop, begins[k + 1])
-                ranges.append(self.starts[order[k]] + np.arange(low - begins[k], high - begins[k]))
-            samples = np.concatenate(ranges)
-            shuffled = samples[permutation(len(samples), self.seed, epoch, _SAMPLES, number)]
-            cached = self._window = ((epoch, number), shuffled)
-        return cached[1]
+        order, begins = self._permuted_shards(epoch)
+        start = number * self.window
+        stop = min(start + self.window, len(self))
+        first, last = np.searchsorted(begins, [start, stop - 1], side="right") - 1
+        ranges = []
+        for k in range(first, last + 1):
+            low, high = max(start, begins[k]), min(stop, begins[k + 1])
+            ranges.append(self.starts[order[k]] + np.arange(low - begins[k], high - begins[k]))
+        samples = np.concatenate(ranges)
+        return samples[permutation(len(samples), self.seed, epoch, _SAMPLES, number)]
 
 
-@dataclass(frozen=True)
-class Piece:
-    """What one rank computes in one micro-step: positions ``start`` to ``stop`` of ``epoch``.
-
-    Attributes:
-        weight: the piece's share of its global batch times the number of pieces: what the loss is scaled by so that
-            averaging over ranks and micro-steps gives the mean over the global batch's samples. Exactly 1 where the
-            global batch divides evenly; 0 for a rank that has no sample left in an epoch's last batch.
-        consumed: samples that the run has consumed once the optimizer has stepped after this piece.
-        last: whether the optimizer steps after this piece.
-    """
-
-    epoch: int
-    start: int
-    stop: int
-    weight: float
-    consumed: int
-    last: bool
+def windowed(
+    start: int, stop: int, window: int, plan: Callable[[int], NDArray[np.int64]]
+) -> NDArray[np.int64]:
+    """Return positions ``start`` to ``stop`` of a sequence that is planned window by window."""
+    number, first = divmod(start, window)
+    if start < stop <= (number + 1) * window:  # nearly always
+        return plan(number)[first : first + stop - start]
+    parts = []
+    while start < stop:
+        number, first = divmod(start, window)
+        part = plan(number)[first : first + stop - start]
+        parts.append(part)
+        start += len(part)
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
-@dataclass(frozen=True)
-class BatchPlan:
-    """How global batches are cut into the pieces of ranks and micro-steps.
+class MixedOrder:
+    """Several sets in exact proportions, each with epochs of its own.
+
+    After ``p`` positions the share of each set differs from its weight's by less than one sample for each doubling
+    of the number of sets, at every ``p``; where ``p`` times every weight is whole, it is exact. Which set a position
+    takes from is a closed formula, so that a seek costs nothing: positions are split between the first half of the
+    sets and the second by rounding, and so on within each half.
 
     Args:
-        samples: samples of an epoch.
-        global_batch_size: samples of an optimizer step, over all ranks.
-        world_size: ranks.
-        accumulate: micro-steps of an optimizer step.
-    """
-
-    samples: int
-    global_batch_size: int
-    world_size: int = 1
-    accumulate: int = 1
-
-    def steps_per_epoch(self) -> int:
-        """Return the number of optimizer steps of one epoch."""
-        return -(-self.samples // self.global_batch_size)
-
-    def pieces(self, rank: int, consumed: int) -> Iterator[Piece]:
-        """Yield the pieces of ``rank`` from ``consumed`` samples to the end of that epoch."""
-        epoch, position = divmod(consumed, self.samples)
-        parts = self.world_size * self.accumulate
-        while position < self.samples:
-            size = min(self.global_batch_size, self.samples - position)
-            after = epoch * self.samples + position + size
-            for micro in range(self.accumulate):
-                part = micro * self.world_size + rank
-                start, stop = position + size * part // parts, position + size * (part + 1) // parts
-                weight = (stop - start) * parts / size
-                last = micro == self.accumulate - 1
-                yield Piece(epoch, start, stop, weight, after if last else after - size, last)
-            position += size
-
-
-def even_batches(samples: int, batch_size: int, rank: int, world_size: int) -> list[tuple[int, int]]:
-    """Return one rank's ``(start, stop)`` ranges that visit every sample once over all ranks.
-
-    Every rank gets the same number of batches, which differ by at most one sample, because collectives inside a
-    forward pass (DDP broadcasts its buffers) must be entered by all ranks alike. For that reason a batch of one
-    sample may become one of two.
+        orders: the order of each set.
+        weights: share of each set's samples; any positive scale.
+        samples: positions of an epoch of the mixture; by default the samples of all sets together.
 
     Raises:
-        ValueError: there are fewer samples than ranks.
+        UserError: the weights are not positive, one for each set.
     """
-    if samples < world_size:
-        raise ValueError(f"{samples} samples cannot be divided over {world_size} ranks")
-    largest_share = -(-samples // world_size)
-    batches = min(-(-largest_share // batch_size), samples // world_size)
-    parts = batches * world_size
-    bounds = [samples * k // parts for k in range(rank * batches, (rank + 1) * batches + 1)]
-    return list(pairwise(bounds))
+
+    def __init__(self, orders: Sequence[SampleOrder], weights: Sequence[float], samples: int | None = None):
+        if len(weights) != len(orders) or any(not weight > 0 for weight in weights):
+            raise UserError(f"data.weights={list(weights)}: give one positive number for each of {len(orders)} sets")
+        self.orders, self.weights = list(orders), list(weights)
+        self.offsets = np.concatenate([[0], np.cumsum([len(order) for order in orders])])
+        self._samples = int(self.offsets[-1]) if samples is None else samples
+
+    def __len__(self) -> int:
+        """Return the number of positions of one epoch of the mixture."""
+        return self._samples
+
+    def counts(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return how many of the first ``positions`` fall on each set, int64 [sets, positions]."""
+        return np.stack(self._split(np.asarray(positions, np.int64), 0, len(self.orders)))
+
+    def _split(self, positions: NDArray[np.int64], low: int, high: int) -> list[NDArray[np.int64]]:
+        if high - low == 1:
+            return [positions]
+        middle = (low + high) // 2
+        share = sum(self.weights[low:middle]) / sum(self.weights[low:high])
+        left = np.floor(positions * share + 0.5).astype(np.int64)
+        return self._split(left, low, middle) + self._split(positions - left, middle, high)
+
+    def take(self, epoch: int, start: int, stop: int) -> Taken:
+        """Return the samples at positions ``start`` to ``stop`` of the mixture's ``epoch``.
+
+        A sample's number counts the samples of all sets, one set after the other.
+        """
+        base = epoch * self._samples
+        stop = min(stop, self._samples)
+        counts = self.counts(np.arange(base + start, base + stop + 1))
+        samples, epochs = np.empty(stop - start, np.int64), np.empty(stop - start, np.int64)
+        for number, order in enumerate(self.orders):
+            here = np.flatnonzero(np.diff(counts[number]))
+            position, last = int(counts[number][0]), int(counts[number][-1])
+            filled = 0
+            while position < last:  # the positions of this set are consecutive in its own sequence
+                own_epoch, first = divmod(position, len(order))
+                part = order.samples(own_epoch, first, min(len(order), first + last - position))
+                rows = here[filled : filled + len(part)]
+                samples[rows], epochs[rows] = part + self.offsets[number], own_epoch
+                filled += len(part)
+                position += len(part)
+        return Taken(samples, epochs)

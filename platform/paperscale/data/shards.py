@@ -1,38 +1,40 @@
-"""A set of shards on disk: opening it, reading samples by number, verifying it."""
+"""A set of shards: opening it, reading samples by number."""
 
 from __future__ import annotations
 
 import json
-import mmap
-import zlib
 from collections import OrderedDict
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import numpy as np
+
 from paperscale.data import index as shard_index
-from paperscale.data.index import ShardIndex
+from paperscale.data.faults import SampleFault
+from paperscale.data.files import Buffer, Folder, ShardFile, open_folder
+from paperscale.data.index import ShardIndex, crc32
 from paperscale.errors import UserError, nearest
 
 MANIFEST = "manifest.json"
-VERSION = 1
-_OPEN_SHARDS = 128
+VERSION = 2
+_OPEN_SHARDS = 512
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar of a set: its file name, samples, bytes and SHA-256."""
+    """One tar of a set: its file name, samples, bytes, SHA-256, and sums of what batches are made by."""
 
     name: str
     samples: int
     bytes: int
     sha256: str
+    lengths: Mapping[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Manifest:
     """What a set of shards holds: written last, so a set without it is not complete.
 
@@ -41,148 +43,259 @@ class Manifest:
         splits: the shards of each split, in writing order.
         classes: names of the labels.
         image: ``height``, ``width``, ``channels``, and per-channel ``mean`` and ``std`` of the train split in [0, 1].
+        schema: field to what it holds.
+        lengths: length to the ``.npy`` field whose rows it counts.
+        files: small files of the set beside its shards, with their SHA-256.
         provenance: where the data came from, with hashes and licence.
+        tars: folder or URL of the shards, where they are not beside the manifest and the indexes.
     """
 
     name: str
     splits: dict[str, list[Shard]]
     classes: list[str] = field(default_factory=list)
     image: dict[str, Any] = field(default_factory=dict)
+    schema: dict[str, str] = field(default_factory=dict)
+    lengths: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    tars: str = ""
     version: int = VERSION
 
     def to_json(self) -> str:
-        """Return the manifest file's content."""
-        return json.dumps(asdict(self), indent=1) + "\n"
+        """Return the manifest file's content: a line for each shard."""
+        facts = asdict(self)
+        splits = facts.pop("splits")
+        lines = [
+            f"  {json.dumps(name)}: [\n" + ",\n".join(f"   {json.dumps(shard)}" for shard in shards) + "\n  ]"
+            for name, shards in splits.items()
+        ]
+        return json.dumps(facts, indent=1)[:-2] + ',\n "splits": {\n' + ",\n".join(lines) + "\n }\n}\n"
+
+    def shards(self) -> Iterable[tuple[str, Shard]]:
+        """Yield every shard with its split."""
+        for split, shards in self.splits.items():
+            for shard in shards:
+                yield split, shard
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: str | Path | Folder) -> Manifest:
     """Read the manifest of the set in ``folder``.
 
     Raises:
         UserError: the folder is missing, holds no Paperscale set, or its manifest is damaged.
     """
-    path = folder / MANIFEST
-    make = "make one with `paperscale data prepare mnist --out DIR`"
+    path = f"{folder}/{MANIFEST}"
+    make = "make one with `paperscale data prepare`"
+    if isinstance(folder, (str, Path)):
+        if "://" not in str(folder):
+            _refuse_no_set(Path(folder), make)
+        folder = open_folder(folder)
+    try:
+        raw = json.loads(bytes(folder.read_file(MANIFEST)))
+        if raw["version"] != VERSION:
+            raise ValueError(
+                f"version {raw['version']}, this program reads {VERSION}: make it anew with "
+                f"`paperscale data index {folder}`"
+            )
+        splits = {name: [Shard(**shard) for shard in shards] for name, shards in raw.pop("splits").items()}
+        return Manifest(splits=splits, **raw)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; check that it can be read from this machine") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged manifest ({error}); {make}") from error
+
+
+def _refuse_no_set(folder: Path, make: str) -> None:
     if not folder.is_dir():
         what = "it is a file" if folder.exists() else "the folder does not exist"
         raise UserError(f"no shards at {folder}: {what}; {make} or set data.path")
-    if not path.exists():
+    if not (folder / MANIFEST).exists():
         tars = len(list(folder.glob("*.tar")))
-        raise UserError(f"{folder} holds {tars} tar files but no {MANIFEST}: not a set of ours, or unfinished; {make}")
-    try:
-        raw = json.loads(path.read_text())
-        if raw["version"] != VERSION:
-            raise ValueError(f"version {raw['version']}, this program reads {VERSION}")
-        splits = {name: [Shard(**shard) for shard in shards] for name, shards in raw.pop("splits").items()}
-        return Manifest(splits=splits, **raw)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged manifest ({error}); {make}") from error
+        raise UserError(
+            f"{folder} holds {tars} tar files but no {MANIFEST}: an unfinished set (run `paperscale data prepare` "
+            f"again), or somebody's WebDataset shards (adopt them with `paperscale data index {folder}`)"
+        )
 
 
 class ShardSet:
     """The samples of one or more splits of a set, by number.
 
     Args:
-        folder: the set.
+        path: the set: a folder or a URL.
         split: one split, or several joined by ``+`` (``"train+val"``).
 
     Raises:
         UserError: the set or the split does not exist.
     """
 
-    def __init__(self, folder: str | Path, split: str):
-        self.folder = Path(folder)
+    def __init__(self, path: str | Path, split: str):
+        self.path, self.split = str(path), split
+        if "://" not in self.path:
+            _refuse_no_set(Path(path), "make one with `paperscale data prepare`")
+        self.folder = open_folder(path)
         self.manifest = read_manifest(self.folder)
+        self.tars = open_folder(self.manifest.tars) if self.manifest.tars else self.folder
         self.shards: list[Shard] = []
         for name in split.split("+"):
             if name not in self.manifest.splits:
                 known = list(self.manifest.splits)
-                raise UserError(f"{self.folder} has no split '{name}', only {known}{nearest(name, known)}")
+                raise UserError(f"{self.path} has no split '{name}', only {known}{nearest(name, known)}")
             self.shards += self.manifest.splits[name]
-        self._open: OrderedDict[int, tuple[ShardIndex, mmap.mmap]] = OrderedDict()
+        self._open: OrderedDict[int, tuple[ShardIndex, ShardFile]] = OrderedDict()
         self._lock = Lock()
+
+    def __reduce__(self) -> tuple[type[ShardSet], tuple[str, str]]:  # worker processes open their own
+        return type(self), (self.path, self.split)
 
     @property
     def sizes(self) -> list[int]:
         """Return the number of samples of each shard."""
         return [shard.samples for shard in self.shards]
 
-    def check(self) -> None:
-        """Compare the size of every shard with the manifest's; costs one look at each file.
-
-        Raises:
-            UserError: a shard or its index is missing, or the shard has another size than when it was written.
-        """
+    def check(self) -> list[str]:
+        """Compare the size of every shard with the manifest's, a look at each file; return what is wrong."""
+        problems = []
         for shard in self.shards:
-            tar = self.folder / shard.name
-            for path in (tar, tar.with_name(tar.name + shard_index.SUFFIX)):
-                if not path.is_file():
-                    raise UserError(f"{path} is missing; prepare the set again (`paperscale data prepare`)")
-            if (size := tar.stat().st_size) != shard.bytes:
-                raise UserError(f"{tar}: has {size} bytes, {shard.bytes} were written; prepare the set again")
+            try:
+                size = self.tars.size(shard.name)
+                self.folder.size(shard.name + shard_index.SUFFIX)
+            except FileNotFoundError as error:
+                problems.append(f"{error.filename or shard.name} is missing; copy the set again, or prepare it again")
+                continue
+            except OSError as error:
+                problems.append(f"{self.tars}/{shard.name}: {error.strerror or error}; check the file system")
+                continue
+            if size != shard.bytes:
+                fix = "copy it again, or prepare the set again"
+                problems.append(f"{self.tars}/{shard.name}: has {size} bytes, {shard.bytes} were written; {fix}")
+        return problems
 
-    def read(self, shard: int, row: int) -> dict[str, bytes]:
+    def tar(self, shard: int) -> str:
+        """Return the path or URL of a shard."""
+        return f"{self.tars}/{self.shards[shard].name}"
+
+    def key(self, shard: int, row: int) -> str:
+        """Return a sample's key."""
+        return self.opened(shard)[0].key(row)
+
+    def read(self, shard: int, row: int, fields: Sequence[str] | None = None) -> dict[str, Buffer]:
         """Return the members of one sample, by field, each checked against the index's checksum.
 
+        Args:
+            shard: its place in :attr:`shards`.
+            row: the sample's place in the shard.
+            fields: the members to read, of those the sample has; by default all.
+
         Raises:
-            UserError: the shard was damaged or replaced since it was indexed.
+            SampleFault: the shard cannot be read, or was damaged or replaced since it was indexed.
         """
-        index, data = self._shard(shard)
-        sample = {}
-        for name, member in zip(index.fields, index.members[row], strict=True):
-            offset, size = int(member["offset"]), int(member["size"])
-            content = data[offset : offset + size]
-            if zlib.crc32(content) != member["crc32"]:
-                raise UserError(
-                    f"{index.tar}: sample {row}, field '{name}' at byte {offset} is damaged; "
-                    f"`paperscale data verify {self.folder}` lists the damage, prepare the set again"
-                )
+        try:
+            return self._read(shard, row, fields)
+        except SampleFault:
+            if not self._forget(shard, row):
+                raise
+        except (OSError, UserError):
+            with self._lock:
+                self._open.pop(shard, None)  # a mount that came back has new handles
+        try:
+            return self._read(shard, row, fields)
+        except SampleFault:
+            raise
+        except (OSError, UserError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise SampleFault(self.tar(shard), f"row {row}", reason) from error
+
+    def _read(self, shard: int, row: int, fields: Sequence[str] | None) -> dict[str, Buffer]:
+        index, file = self.opened(shard)
+        sample: dict[str, Buffer] = {}
+        for name, (offset, size, crc) in zip(index.fields, index.members[row].tolist(), strict=True):
+            if not offset or (fields is not None and name not in fields):
+                continue
+            content = file.read(offset, size)
+            if crc32(content) != crc:
+                raise self._fault(index, shard, row, name, offset, size, content)
             sample[name] = content
         return sample
 
-    def _shard(self, shard: int) -> tuple[ShardIndex, mmap.mmap]:
+    def _fault(
+        self, index: ShardIndex, shard: int, row: int, name: str, offset: int, size: int, content: Buffer
+    ) -> SampleFault:
+        """Return the error that says what is wrong with a member."""
+        if len(content) < size:
+            what = f"the shard ends at byte {offset + len(content)}, inside or before it: cut off"
+        elif not any(bytes(content[:4096])):
+            what = "zeros instead of its content"
+        else:
+            what = "its content is not what was written (checksum)"
+        where = f"member '{name}' at byte {offset}"
+        return SampleFault(self.tar(shard), index.key(row), f"{where}: {what}")
+
+    def _forget(self, shard: int, row: int) -> bool:
+        """Drop what a cache holds of a sample; return whether there is a cache that may be what is damaged."""
+        forget = getattr(self.tars, "forget", None)
+        if forget is None:
+            return False
+        for offset, size, _ in self.opened(shard)[0].members[row].tolist():
+            forget(self.shards[shard].name, offset, size)
+        return True
+
+    def opened(self, shard: int) -> tuple[ShardIndex, ShardFile]:
+        """Return a shard's index and the open shard.
+
+        Raises:
+            UserError: the index is missing, damaged, or another shard's.
+            OSError: a file cannot be read.
+        """
         with self._lock:
             if shard in self._open:
                 self._open.move_to_end(shard)
                 return self._open[shard]
-            index = shard_index.load(self.folder / self.shards[shard].name)
-            if len(index) != self.shards[shard].samples:
-                raise UserError(
-                    f"{index.tar}: holds {len(index)} samples, {MANIFEST} says {self.shards[shard].samples}; "
-                    "prepare the set again"
-                )
-            with index.tar.open("rb") as file:
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._open[shard] = (index, data)
+        facts = self.shards[shard]
+        path = f"{self.path}/{facts.name}{shard_index.SUFFIX}"
+        index = shard_index.from_bytes(path, self.folder.read_file(facts.name + shard_index.SUFFIX))
+        if index.tar_sha256 != facts.sha256 or len(index) != facts.samples:
+            raise UserError(
+                f"{path}: not the index of the shard in {MANIFEST}: the shard was replaced; copy the set again, or "
+                f"make index and manifest anew with `paperscale data index {self.path}`"
+            )
+        opened = (index, self.tars.open(facts.name))
+        with self._lock:
+            self._open[shard] = opened
             if len(self._open) > _OPEN_SHARDS:
-                self._open.popitem(last=False)  # the mapping lives on while a reader still holds it
-            return self._open[shard]
+                self._open.popitem(last=False)  # lives on while a reader still holds it
+        return opened
 
+    def prefetch(self, samples: Iterable[tuple[int, int]]) -> None:
+        """Let a remote folder fetch samples, given as (shard, row), that will be read soon."""
+        prefetch = getattr(self.tars, "prefetch", None)
+        if prefetch is None:
+            return
+        ranges = []
+        for shard, row in samples:
+            members = self.opened(shard)[0].members[row]
+            members = members[members["offset"] > 0]
+            if len(members):
+                start = int(members["offset"].min())
+                stop = int((members["offset"] + members["size"]).max())
+                ranges.append((self.shards[shard].name, start, stop - start))
+        prefetch(ranges)
 
-def verify(folder: Path, progress: Callable[[int], None] = lambda done: None) -> list[str]:
-    """Check every shard of a set against its manifest and its index; return what is wrong, a line each.
+    def lengths(self, shards: np.ndarray, rows: np.ndarray, names: Sequence[str]) -> np.ndarray:
+        """Return the lengths of samples, int64 [samples, names], from the index.
 
-    Args:
-        folder: the set.
-        progress: called with the number of bytes checked after each shard.
-    """
-    manifest = read_manifest(folder)
-
-    def check(shard: Shard) -> str | None:
-        tar = folder / shard.name
-        try:
-            index = shard_index.load(tar)
-            if index.tar_sha256 != shard.sha256 or shard_index.sha256(tar) != shard.sha256:
-                return f"{tar}: its content is not what was written (SHA-256 differs)"
-            if len(index) != shard.samples:
-                return f"{tar}: {len(index)} samples, {MANIFEST} says {shard.samples}"
-        except (UserError, OSError) as error:
-            return str(error)
-        finally:
-            progress(shard.bytes)
-        return None
-
-    shards = [shard for split in manifest.splits.values() for shard in split]
-    with ThreadPoolExecutor() as pool:
-        return [problem for problem in pool.map(check, shards) if problem]
+        Raises:
+            UserError: the index has no such length.
+        """
+        found = np.empty((len(rows), len(names)), np.int64)
+        for shard in np.unique(shards):
+            index = self.opened(int(shard))[0]
+            here = shards == shard
+            for column, name in enumerate(names):
+                if name not in index.lengths:
+                    known = list(index.lengths)
+                    raise UserError(
+                        f"{self.path}: its index has no length '{name}', only {known}{nearest(name, known)}; make it "
+                        f"with `paperscale data index {self.path} --length {name}=FIELD.npy`"
+                    )
+                found[here, column] = index.lengths[name][rows[here]]
+        return found

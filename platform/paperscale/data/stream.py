@@ -1,4 +1,4 @@
-"""``ShardStream``: what every DataModule of shards shares: position, order, division over ranks, loaders.
+"""``ShardStream``: what every DataModule of shards shares: position, order, division over ranks, faults, loaders.
 
 A training batch is a dictionary that holds, beside what the model reads::
 
@@ -8,22 +8,34 @@ A training batch is a dictionary that holds, beside what the model reads::
 
 from __future__ import annotations
 
+import hashlib
 import os
+import sys
+import zlib
 from abc import abstractmethod
-from collections.abc import Iterator
-from pathlib import Path
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 
-from paperscale.data.loader import OrderedLoader
-from paperscale.data.order import BatchPlan, Piece, SampleOrder, even_batches
+from paperscale.data.batching import Batches, BatchPlan, FixedBatches, Piece, even_batches
+from paperscale.data.faults import FaultLog, SampleFault, Skipped
+from paperscale.data.loader import OrderedLoader, Workers
+from paperscale.data.order import MixedOrder, Order, SampleOrder
 from paperscale.data.shards import ShardSet
 from paperscale.errors import UserError
 
 Batch = dict[str, Any]
+
+_UNDECODABLE = (ValueError, OSError, SyntaxError, EOFError, KeyError, zlib.error)  # PIL has a SyntaxError for broken PNG
+_PART = 16  # the least rows that a thread fills at a time
+_MOST_THREADS = 16
+_LOOK_AHEAD = 16  # batches whose samples a remote folder is asked for beforehand
 
 
 class Cursor(NamedTuple):
@@ -31,20 +43,23 @@ class Cursor(NamedTuple):
 
     Attributes:
         consumed: samples consumed by the run once this batch is trained on: the whole state of the stream.
-        weight: scale of the batch's loss, see :class:`~paperscale.data.order.Piece`.
+        weight: scale of the batch's loss, see :class:`~paperscale.data.batching.Piece`.
         last: whether the optimizer steps after this batch.
+        skipped: samples of this batch that could not be read and are not in it.
     """
 
     consumed: int
     weight: float
     last: bool
+    skipped: tuple[Skipped, ...] = ()
 
 
 class ShardStream(LightningDataModule):
-    """Streams samples from a folder of shards, the same ones at any world size and thread count.
+    """Streams samples from shards, the same ones at any world size, thread count and process count.
 
     Args:
-        path: the set, as written by ``paperscale data prepare``.
+        path: the set, as written by ``paperscale data prepare`` or adopted by ``paperscale data index``: a folder,
+            or a URL (``https://``, ``s3://``). Several sets are trained on as one.
         global_batch_size: samples of one optimizer step over all ranks.
         micro_batch_size: the most samples of one forward pass on one rank; the gradient is accumulated over as
             many passes as that takes. By default one pass.
@@ -54,12 +69,17 @@ class ShardStream(LightningDataModule):
         test: split to test on.
         seed: fixes the order and the augmentation; by default the run's ``seed_everything``.
         window: samples shuffled together.
-        num_threads: threads that read and decode; 0 reads in the training thread.
+        weights: with several sets: the share of each in every batch, exact; each set then has epochs of its own.
+        epoch_samples: with ``weights``: samples of an epoch; by default those of all sets together.
+        num_threads: threads that read and decode; 0 reads in the training thread; by default one for each core.
+        num_processes: worker processes that do it instead, for transforms in plain Python.
+        on_fault: what a damaged sample does: ``fail`` ends the run, ``skip`` goes on without it.
+        max_skipped: with ``skip``: samples that may be skipped before the run ends.
     """
 
     def __init__(
         self,
-        path: str,
+        path: str | list[str],
         global_batch_size: int,
         micro_batch_size: int | None = None,
         eval_batch_size: int = 250,
@@ -68,79 +88,165 @@ class ShardStream(LightningDataModule):
         test: str = "test",
         seed: int | None = None,
         window: int = 1 << 16,
-        num_threads: int = 1,
+        weights: list[float] | None = None,
+        epoch_samples: int | None = None,
+        num_threads: int | None = None,
+        num_processes: int = 0,
+        on_fault: str = "fail",
+        max_skipped: int = 100,
     ):
         super().__init__()
         for name, value in (("global_batch_size", global_batch_size), ("window", window)):
             if value < 1:
                 raise UserError(f"data.{name} must be at least 1, not {value}")
-        self.path = path
+        if on_fault not in ("fail", "skip"):
+            raise UserError(f"data.on_fault={on_fault}: choose fail or skip")
+        self.paths = [path] if isinstance(path, str) else list(path)
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
         self.eval_batch_size = eval_batch_size
         self.splits = {"train": train, "val": val, "test": test}
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
-        self.window = window
-        self.num_threads = num_threads
+        self.window, self.weights, self.epoch_samples = window, weights, epoch_samples
+        self.workers = Workers(_cores() if num_threads is None else num_threads, num_processes)
+        self.on_fault = on_fault
         self.consumed = 0
-        self._shards: dict[str, ShardSet] = {}
+        self.faults, self.eval_faults = FaultLog(max_skipped), FaultLog(max_skipped)
+        self._sets: dict[tuple[str, str], ShardSet] = {}
+
+    def allocate(self, count: int, train: bool) -> Batch:
+        """Return tensors for a batch of ``count`` samples, to be filled; the first dimension is the sample."""
+        raise NotImplementedError
+
+    def allocate_for(self, source: Source, places: Places, train: bool) -> Batch:
+        """Return tensors for the given samples, where their size depends on which they are."""
+        return self.allocate(len(places), train)
 
     @abstractmethod
-    def read(self, shards: ShardSet, order: SampleOrder, samples: NDArray[np.int64], epoch: int | None) -> Batch:
-        """Read and decode samples; ``epoch`` is that of their augmentation, ``None`` for none. Called on threads."""
+    def fill(
+        self, shards: ShardSet, batch: Batch, row: int, shard: int, row_in_shard: int, sample: int, epoch: int | None
+    ) -> None:
+        """Read one sample and decode it into row ``row`` of a batch. Called on several threads.
 
-    # -- the stream's state: one integer -------------------------------------------------------------------
+        Args:
+            shards: the set that holds the sample.
+            batch: what :meth:`allocate` returned.
+            row: the sample's place in the batch.
+            shard: the sample's shard.
+            row_in_shard: its place in the shard.
+            sample: its number in the split.
+            epoch: of its augmentation; ``None`` for none.
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the samples consumed, and what the order was made from, to refuse another one on resume."""
-        return {"consumed": self.consumed, **self._identity()}
+        Raises:
+            SampleFault: it cannot be read.
+            ValueError: it does not decode.
+        """
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def units(self, shards: ShardSet) -> Sequence[int]:
+        """Return how many samples each shard holds, where a sample is not a WebDataset sample."""
+        return shards.sizes
+
+    def fill_rows(self, source: Source, batch: Batch, rows: range, places: Places, train: bool) -> list[Skipped]:
+        """Fill some rows of a batch; return those that could not be, in ``skip``."""
+        skipped = []
+        for row in rows:
+            of, shard, inside, sample, epoch = places.at(row)
+            shards = source.sets[of]
+            try:
+                try:
+                    self.fill(shards, batch, row, shard, inside, sample, epoch if train else None)
+                except _UNDECODABLE as error:
+                    reason = f"does not decode: {error}"
+                    raise SampleFault(shards.tar(shard), shards.key(shard, inside), reason) from error
+            except SampleFault as fault:
+                if self.on_fault == "fail":
+                    raise
+                skipped.append(Skipped(sample, str(fault)))
+        return skipped
+
+    # -- the stream's state: one integer, and what was skipped ---------------------------------------------
+
+    def advance(self, cursor: Cursor) -> list[str]:
+        """Move past a batch that was trained on; return what is new to say of damaged samples.
+
+        Raises:
+            UserError: too many samples have been skipped.
+        """
+        self.consumed = cursor.consumed
+        return self.faults.record(cursor.skipped) if cursor.skipped else []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the samples consumed and skipped over all ranks, and what the order was made from."""
+        skipped = dict(self.faults.times)
+        if self.on_fault == "skip" and torch.distributed.is_initialized():
+            everyone: list[dict[int, int]] = [{} for _ in range(torch.distributed.get_world_size())]
+            torch.distributed.all_gather_object(everyone, skipped)
+            for times in everyone:
+                for sample, count in times.items():
+                    skipped[sample] = max(skipped.get(sample, 0), count)
+        return {"consumed": self.consumed, "skipped": skipped, **self._identity()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue after the samples that were consumed.
 
         Raises:
             UserError: the data, the seed or the batch size is not that of the checkpoint.
         """
         for name, now in self._identity().items():
-            if state_dict[name] != now:
+            if state_dict.get(name) != now:
                 raise UserError(
-                    f"the checkpoint was made with data.{name}={state_dict[name]}, this run has {now}: its order "
-                    f"of samples cannot be continued; restore data.{name} or start a new run"
+                    f"the checkpoint was made with data.{name}={state_dict.get(name)}, this run has {now}: its order "
+                    f"of samples cannot be continued; restore {_OF.get(name, f'data.{name}')} or start a new run"
                 )
         self.consumed = state_dict["consumed"]
+        self.faults.times = dict(state_dict["skipped"])
 
-    def _identity(self) -> dict[str, int]:
+    def _identity(self) -> dict[str, Any]:
+        source = self.source("train")
         return {
             "seed": self.seed,
-            "samples": sum(self.shards("train").sizes),
+            "samples": len(self._base_order(source)),
+            "content": source.fingerprint(),
             "window": self.window,
+            "weights": self.weights,
             "global_batch_size": self.global_batch_size,
         }
 
     # -- what a run must know before it starts -------------------------------------------------------------
 
     def shards(self, stage: str) -> ShardSet:
-        """Return the shards of ``train``, ``val`` or ``test``, opened once.
+        """Return the shards of ``train``, ``val`` or ``test`` of the first set, opened once.
 
         Raises:
             UserError: the set or the split does not exist.
         """
+        return self._set(self.paths[0], stage)
+
+    def _set(self, path: str, stage: str) -> ShardSet:
         split = self.splits[stage]
         if split is None:
             raise UserError(f"data.{stage} is not set: name the split to use, for example data.{stage}={stage}")
-        if split not in self._shards:
-            self._shards[split] = ShardSet(Path(self.path), split)
-        return self._shards[split]
+        if (path, split) not in self._sets:
+            self._sets[path, split] = ShardSet(path, split)
+        return self._sets[path, split]
+
+    def source(self, stage: str) -> Source:
+        """Return the samples of ``train``, ``val`` or ``test``, over all sets."""
+        sets = [self._set(path, stage) for path in self.paths]
+        return Source(sets, [self.units(shards) for shards in sets])
 
     def check(self) -> None:
         """Look at every shard that the run will read, as far as the file system's own facts tell.
 
         Raises:
-            UserError: one is missing or was replaced.
+            UserError: one is missing or was replaced, and ``on_fault`` is not ``skip``.
         """
         for stage, split in self.splits.items():
-            if split is not None:
-                self.shards(stage).check()
+            for path in self.paths if split is not None else []:
+                problems = self._set(path, stage).check()
+                if problems and self.on_fault == "fail":
+                    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+                    raise UserError(problems[0] + more)
 
     def accumulate(self, world_size: int) -> int:
         """Return the forward passes of one optimizer step.
@@ -158,25 +264,31 @@ class ShardStream(LightningDataModule):
 
     # -- loaders -------------------------------------------------------------------------------------------
 
+    def _base_order(self, source: Source) -> Order:
+        if self.weights is None:
+            return SampleOrder(source.sizes, seed=self.seed, window=self.window)
+        orders = [SampleOrder(sizes, seed=self.seed, window=self.window) for sizes in source.units]
+        return MixedOrder(orders, self.weights, self.epoch_samples)
+
+    def batches(self, source: Source, order: Order) -> tuple[Order, Batches]:
+        """Return how an order is cut into global batches, and the order in which their samples are taken."""
+        return order, FixedBatches(len(order), self.global_batch_size)
+
     def train_dataloader(self) -> OrderedLoader[Piece, Batch]:
         """Return the training batches of this rank, from where the stream stands to the end of its epoch."""
-        shards = self.shards("train")
+        source = self.source("train")
         rank, world_size = self._rank()
-        order = SampleOrder(shards.sizes, seed=self.seed, window=self.window)
         accumulate = self.accumulate(world_size)
-        plan = BatchPlan(len(order), self.global_batch_size, world_size, accumulate)
+        order, batches = self.batches(source, self._base_order(source))
+        plan = BatchPlan(batches, world_size, accumulate)
+        reader = _Pieces(self, source, order)
+        steps = batches.steps()
 
         def pieces() -> Iterator[Piece]:
-            return plan.pieces(rank, self.consumed)
+            found = plan.pieces(rank, self.consumed)
+            return reader.looked_ahead(found) if source.is_remote else found
 
-        def prepare(piece: Piece) -> Batch:
-            # A rank with nothing left of a short batch still takes part in its collectives, with weight zero.
-            stop = max(piece.stop, piece.start + 1)
-            samples = order.samples(piece.epoch, min(piece.start, len(order) - 1), stop)
-            cursor = Cursor(piece.consumed, piece.weight, piece.last)
-            return {**self.read(shards, order, samples, piece.epoch), "cursor": cursor}
-
-        return OrderedLoader(pieces, prepare, plan.steps_per_epoch() * accumulate, self.num_threads)
+        return OrderedLoader(pieces, reader, None if steps is None else steps * accumulate, self.workers)
 
     def val_dataloader(self) -> OrderedLoader[tuple[int, int], Batch] | list[Any]:
         """Return the validation batches of this rank; each sample is visited once over all ranks."""
@@ -191,14 +303,196 @@ class ShardStream(LightningDataModule):
         return self._eval_dataloader("test")
 
     def _eval_dataloader(self, stage: str) -> OrderedLoader[tuple[int, int], Batch]:
-        shards = self.shards(stage)
-        order = SampleOrder(shards.sizes, shuffle=False)
+        source = self.source(stage)
+        order = SampleOrder(source.sizes, shuffle=False)
         ranges = even_batches(len(order), self.eval_batch_size, *self._rank())
-
-        def prepare(bounds: tuple[int, int]) -> Batch:
-            return self.read(shards, order, order.samples(0, *bounds), None)
-
-        return OrderedLoader(lambda: ranges, prepare, len(ranges), self.num_threads)
+        return OrderedLoader(lambda: ranges, _Ranges(self, source, order), len(ranges), self.workers)
 
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def __getstate__(self) -> dict[str, Any]:  # for worker processes: they read, and have no trainer
+        return {**self.__dict__, "trainer": None, "_sets": {}}
+
+
+_OF = {"content": "the shards at data.path", "samples": "the shards at data.path"}
+
+
+def _cores() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, _MOST_THREADS)
+
+
+class Source:
+    """The samples of one stage over all sets.
+
+    Args:
+        sets: the shards of each set.
+        units: samples of each shard, for each set.
+    """
+
+    def __init__(self, sets: Sequence[ShardSet], units: Sequence[Sequence[int]]):
+        self.sets, self.units = list(sets), [np.asarray(sizes, np.int64) for sizes in units]
+        self.sizes = np.concatenate(self.units)
+        self._starts = np.concatenate([[0], np.cumsum(self.sizes)])
+        self._first_shards = np.cumsum([0, *(len(sizes) for sizes in self.units)])
+
+    @property
+    def is_remote(self) -> bool:
+        """Return whether any set is read from a server."""
+        return any(hasattr(shards.tars, "prefetch") for shards in self.sets)
+
+    def fingerprint(self) -> str:
+        """Return what tells one content of the shards from another."""
+        hashes = [shard.sha256 for shards in self.sets for shard in shards.shards]
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
+
+    def locate(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Return set, shard of that set and row inside that shard of each sample."""
+        shards = self._starts.searchsorted(samples, side="right") - 1
+        rows = samples - self._starts[shards]
+        if len(self.sets) == 1:
+            return np.zeros_like(shards), shards, rows
+        sets = self._first_shards.searchsorted(shards, side="right") - 1
+        return sets, shards - self._first_shards[sets], rows
+
+
+class Places:
+    """Where the samples of a batch are.
+
+    Args:
+        source: the sets.
+        samples: their numbers, int64 [batch].
+        epochs: of their augmentation, int64 [batch].
+    """
+
+    def __init__(self, source: Source, samples: NDArray[np.int64], epochs: NDArray[np.int64]):
+        self.samples, self.epochs = samples, epochs
+        self.sets, self.shards, self.rows = source.locate(samples)
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.samples)
+
+    def at(self, row: int) -> tuple[int, int, int, int, int]:
+        """Return set, shard, row in the shard, number and epoch of one sample."""
+        return (
+            int(self.sets[row]),
+            int(self.shards[row]),
+            int(self.rows[row]),
+            int(self.samples[row]),
+            int(self.epochs[row]),
+        )
+
+
+class _Filling:
+    """One batch in preparation."""
+
+    def __init__(self, stream: ShardStream, source: Source, places: Places, train: bool):
+        self.places = places
+        self.batch = stream.allocate_for(source, places, train)
+        self.skipped: list[Skipped] = []
+        size = max(_PART, -(-len(places) // max(1, stream.workers.threads)))
+        self.parts: list[Callable[[], None]] = [
+            partial(self._fill, stream, source, range(start, min(start + size, len(places))), train)
+            for start in range(0, len(places), size)
+        ]
+
+    def _fill(self, stream: ShardStream, source: Source, rows: range, train: bool) -> None:
+        self.skipped += stream.fill_rows(source, self.batch, rows, self.places, train)
+
+    def result(self) -> tuple[Batch, tuple[Skipped, ...]]:
+        """Return the batch without the samples that could not be read, and those."""
+        batch = {**self.batch, "sample": torch.from_numpy(self.places.samples.copy())}
+        if not self.skipped:
+            return batch, ()
+        bad = {fault.sample for fault in self.skipped}
+        kept = torch.tensor([row for row, sample in enumerate(self.places.samples.tolist()) if sample not in bad])
+        skipped = tuple(sorted(self.skipped))
+        if not len(kept):  # a batch must hold something for the collectives that all ranks enter
+            kept = torch.zeros(1, dtype=torch.int64)
+            for value in self.batch.values():
+                value[0] = 0
+        return {name: value[kept] for name, value in batch.items()}, skipped
+
+
+class _Pieces:
+    """Makes training batches of pieces."""
+
+    def __init__(self, stream: ShardStream, source: Source, order: Order):
+        self.stream, self.source, self.order = stream, source, order
+
+    def start(self, piece: Piece) -> _Training:
+        """Begin a batch."""
+        # A rank with nothing left of a short batch still takes part in its collectives, with weight zero.
+        stop = max(piece.stop, piece.start + 1)
+        taken = self.order.take(piece.epoch, min(piece.start, len(self.order) - 1), stop)
+        return _Training(self.stream, self.source, Places(self.source, *taken), piece)
+
+    def describe(self, piece: Piece) -> str:
+        """Return what is being read."""
+        return f"samples {piece.start:,} to {piece.stop:,} of epoch {piece.epoch} from {', '.join(self.stream.paths)}"
+
+    def looked_ahead(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        """Yield the pieces, with those that follow asked of the remote folder beforehand."""
+        waiting: deque[Piece] = deque()
+        for piece in pieces:
+            places = Places(self.source, *self.order.take(piece.epoch, piece.start, piece.stop))
+            for number, shards in enumerate(self.source.sets):
+                here = places.sets == number
+                shards.prefetch(zip(places.shards[here].tolist(), places.rows[here].tolist(), strict=True))
+            waiting.append(piece)
+            if len(waiting) > _LOOK_AHEAD:
+                yield waiting.popleft()
+        yield from waiting
+
+
+class _Training(_Filling):
+    """A training batch in preparation."""
+
+    def __init__(self, stream: ShardStream, source: Source, places: Places, piece: Piece):
+        self.piece = piece
+        super().__init__(stream, source, places, True)
+
+    def finish(self) -> Batch:
+        """Return the batch and where the stream stands after it."""
+        batch, skipped = self.result()
+        piece = self.piece
+        weight = 0.0 if len(skipped) == len(self.places) else piece.weight
+        return {**batch, "cursor": Cursor(piece.consumed, weight, piece.last, skipped)}
+
+
+class _Ranges:
+    """Makes evaluation batches of ranges of samples."""
+
+    def __init__(self, stream: ShardStream, source: Source, order: SampleOrder):
+        self.stream, self.source, self.order = stream, source, order
+
+    def start(self, bounds: tuple[int, int]) -> _Evaluation:
+        """Begin a batch."""
+        return _Evaluation(self.stream, self.source, Places(self.source, *self.order.take(0, *bounds)))
+
+    def describe(self, bounds: tuple[int, int]) -> str:
+        """Return what is being read."""
+        return f"samples {bounds[0]:,} to {bounds[1]:,} of {', '.join(self.stream.paths)}"
+
+
+class _Evaluation(_Filling):
+    """An evaluation batch in preparation."""
+
+    def __init__(self, stream: ShardStream, source: Source, places: Places):
+        self.stream = stream
+        super().__init__(stream, source, places, False)
+
+    def finish(self) -> Batch:
+        """Return the batch; a score that leaves samples out says so.
+
+        Raises:
+            UserError: none of its samples could be read, or too many in all.
+        """
+        batch, skipped = self.result()
+        for message in self.stream.eval_faults.record(skipped) if skipped else ():
+            print(f"WARNING left out of the evaluation: {message}", file=sys.stderr, flush=True)
+        if len(skipped) == len(self.places):
+            raise UserError(f"no sample of an evaluation batch could be read: {skipped[0].message}")
+        return batch

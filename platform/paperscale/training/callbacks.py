@@ -80,8 +80,12 @@ class StreamPosition(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Advance the stream."""
-        datamodule(trainer).consumed = batch["cursor"].consumed
+        """Advance the stream; say which samples were skipped."""
+        stream = datamodule(trainer)
+        for message in stream.advance(batch["cursor"]):
+            print(f"WARNING sample skipped: {message}", file=sys.stderr, flush=True)
+        if stream.faults.times:
+            pl_module.log("data/skipped", float(len(stream.faults.times)))
 
 
 def datamodule(trainer: Trainer) -> ShardStream:
@@ -279,7 +283,7 @@ class ProgressReport(Callback):
         self.path, self.attempt, self.say, self.every_s = path, attempt, say, every_s
         self.trained_samples = 0
         self.trained_seconds = 0.0
-        self._consumed = 0
+        self._consumed = self._first_step = 0
         self._batch_started = 0.0
         self._written = self._printed = 0.0
 
@@ -287,6 +291,7 @@ class ProgressReport(Callback):
         """Begin to count."""
         self._batch_started = time.monotonic()
         self._consumed = datamodule(trainer).consumed
+        self._first_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -325,8 +330,10 @@ class ProgressReport(Callback):
     def facts(self, trainer: Trainer) -> dict[str, Any]:
         """Return what ``progress.json`` holds."""
         loss = trainer.callback_metrics.get("train/loss")
-        total = int(trainer.estimated_stepping_batches)
-        left = (total - trainer.global_step) * self.trained_seconds / max(1, self._steps(trainer))
+        estimate = trainer.estimated_stepping_batches
+        total = 0 if estimate == float("inf") else int(estimate)  # batches cut by tokens: not known beforehand
+        steps = trainer.global_step - self._first_step
+        left = (total - trainer.global_step) * self.trained_seconds / steps if steps and total else 0
         return {
             "attempt": self.attempt,
             "step": trainer.global_step,
@@ -338,9 +345,6 @@ class ProgressReport(Callback):
             "eta_s": round(left),
             "time": time.time(),
         }
-
-    def _steps(self, trainer: Trainer) -> float:
-        return self.trained_samples / datamodule(trainer).global_batch_size
 
     def write(self, trainer: Trainer) -> None:
         """Write ``progress.json``; a full disk must not end the training."""
@@ -356,7 +360,7 @@ class ProgressReport(Callback):
         f = self.facts(trainer)
         loss = "" if f["loss"] is None else f"  loss {f['loss']:.4f}"
         return (
-            f"step {f['step']}/{f['total_steps']}  epoch {f['epoch']}  sample {f['consumed']:,}{loss}"
+            f"step {f['step']}/{f['total_steps'] or '?'}  epoch {f['epoch']}  sample {f['consumed']:,}{loss}"
             f"  {f['samples_per_s']:,.0f} samples/s  {f['eta_s']} s left"
         )
 

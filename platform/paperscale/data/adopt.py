@@ -1,0 +1,182 @@
+"""``paperscale data index``: make anybody's WebDataset shards a set of ours, without changing them.
+
+The tars stay as and where they are; an index for each and a manifest are written beside them, or into another folder
+where the tars cannot be written to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paperscale.data import index as shard_index
+from paperscale.data.index import Rules
+from paperscale.data.shards import MANIFEST, Manifest
+from paperscale.data.writer import as_shard, map_in_order, write_atomically
+from paperscale.errors import UserError
+
+_SAMPLES_FOR_DUPLICATES = 1 << 27  # 1 GB of hashes
+
+
+@dataclass
+class Adopted:
+    """What was adopted.
+
+    Attributes:
+        manifest: of the set.
+        fields: members of the samples.
+        incomplete: samples that lack a field, by split: left out or kept, as the rules say.
+        duplicates: keys that occur in more than one shard of a split, by split.
+    """
+
+    manifest: Manifest
+    fields: tuple[str, ...] = ()
+    incomplete: dict[str, int] = field(default_factory=dict)
+    duplicates: dict[str, int] = field(default_factory=dict)
+
+
+def adopt(
+    folder: Path,
+    splits: Mapping[str, str] | None = None,
+    rules: Rules | None = None,
+    *,
+    out: Path | None = None,
+    name: str | None = None,
+    classes: list[str] | None = None,
+    num_processes: int | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Adopted:
+    """Index the tars of a folder and write the manifest that makes them a set.
+
+    Args:
+        folder: where the tars are.
+        splits: split to its tars, as a brace pattern (``train-{000000..001023}.tar``) or a glob, relative to
+            ``folder``; by default every tar, its split being its name without the number.
+        rules: which members to index, and what to do with incomplete samples.
+        out: where indexes and manifest go; by default beside the tars.
+        name: the set's name; by default the folder's.
+        classes: names of the labels.
+        num_processes: processes that read tars; by default one for each core.
+        progress: called with the bytes of each tar that is done.
+
+    Raises:
+        UserError: a tar is missing, compressed, damaged, or breaks the rules; nothing is written over it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}; name the folder that holds the tars")
+    tars = find_tars(folder, splits)
+    out = out or folder
+    rules = rules or Rules()
+    old = _facts(out)
+    if not rules.lengths and "lengths" in old:
+        rules = Rules(rules.fields, rules.missing, old["lengths"])
+    out.mkdir(parents=True, exist_ok=True)
+    adopted = Adopted(Manifest(name or old.get("name") or folder.resolve().name, {}))
+    fields: set[str] = set()
+    for split, paths in tars.items():
+        keys, shards, incomplete = [], [], 0
+        work = partial(_index_one, out, rules)
+        processes = min(len(paths), num_processes or os.cpu_count() or 1)
+        for path, (index, hashes, short) in zip(
+            paths, map_in_order(work, paths, processes, chunk=1), strict=True
+        ):
+            shards.append(as_shard(index))
+            fields |= set(index.fields)
+            incomplete += short
+            keys.append(hashes)
+            progress(path.stat().st_size)
+        adopted.manifest.splits[split] = shards
+        adopted.incomplete[split] = incomplete
+        if sum(map(len, keys)) <= _SAMPLES_FOR_DUPLICATES:
+            together = np.concatenate(keys)
+            adopted.duplicates[split] = len(together) - len(np.unique(together))
+    _complete(adopted, fields, old, rules, classes, folder, out)
+    return adopted
+
+
+def _complete(
+    adopted: Adopted,
+    fields: set[str],
+    old: dict[str, Any],
+    rules: Rules,
+    classes: list[str] | None,
+    folder: Path,
+    out: Path,
+) -> None:
+    """Fill in the manifest, with what an earlier one knew, and write it."""
+    manifest = adopted.manifest
+    adopted.fields = tuple(sorted(fields))
+    manifest.classes = classes or old.get("classes", [])
+    manifest.image = old.get("image", {})
+    manifest.schema = {name: old.get("schema", {}).get(name, "") for name in adopted.fields}
+    manifest.lengths = dict(rules.lengths)
+    manifest.files = {name: digest for name, digest in old.get("files", {}).items() if (out / name).exists()}
+    manifest.provenance = old.get("provenance") or {"source": f"shards found in {folder.resolve()}"}
+    if out.resolve() != folder.resolve():
+        manifest.tars = str(folder.resolve())
+    write_atomically(out / MANIFEST, manifest.to_json().encode())
+
+
+def _index_one(out: Path, rules: Rules, tar: Path) -> tuple[shard_index.ShardIndex, Any, int]:
+    """Index one tar and write its index; return it, the hashes of its keys, and its incomplete samples."""
+    index = shard_index.build(tar, rules)
+    write_atomically(out / (tar.name + shard_index.SUFFIX), shard_index.to_bytes(index))
+    digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in index.keys())
+    kept = int((index.members["offset"] == 0).any(1).sum())
+    return index, np.frombuffer(digests, np.uint64), index.dropped + kept
+
+
+def _facts(out: Path) -> dict[str, Any]:
+    """Return what an earlier manifest says, whatever its version."""
+    try:
+        found = json.loads((out / MANIFEST).read_text())
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def find_tars(folder: Path, splits: Mapping[str, str] | None = None) -> dict[str, list[Path]]:
+    """Return the tars of each split, in the order of their names or of the pattern.
+
+    Raises:
+        UserError: a pattern matches nothing, or a tar it names is missing.
+    """
+    if splits is None:
+        found: dict[str, list[Path]] = {}
+        for path in sorted(folder.glob("*.tar*")):
+            if re.fullmatch(r".*\.(tar|tar\.\w{2,3}|tgz)", path.name) and not path.name.endswith(shard_index.SUFFIX):
+                prefix = re.sub(r"[-_.]?\d+$", "", path.name.partition(".tar")[0])
+                found.setdefault(prefix or "train", []).append(path)
+        if not found:
+            raise UserError(f"{folder} holds no .tar file; name the folder that holds the shards")
+        return found
+    return {split: _matching(folder, split, pattern) for split, pattern in splits.items()}
+
+
+def _matching(folder: Path, split: str, pattern: str) -> list[Path]:
+    from braceexpand import UnbalancedBracesError, braceexpand
+
+    try:
+        names = list(braceexpand(pattern))
+    except UnbalancedBracesError as error:
+        raise UserError(f"--split {split}={pattern}: {error}; write for example 'train-{{0000..0099}}.tar'") from error
+    paths: list[Path] = []
+    for name in names:
+        here = sorted(folder.glob(name)) if any(c in name for c in "*?[") else [folder / name]
+        missing = [path for path in here if not path.is_file()]
+        if missing or not here:
+            raise UserError(
+                f"--split {split}={pattern}: {missing[0] if missing else folder / name} is missing; "
+                "give the numbers of the shards that are there"
+            )
+        paths += here
+    return paths

@@ -1,0 +1,118 @@
+"""``paperscale data show``: look at samples, as a contact sheet of pictures or as decoded text."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paperscale.data.order import SampleOrder
+from paperscale.data.shards import ShardSet
+from paperscale.data.tokens import TokenSet
+from paperscale.data.verify import IMAGES, decode_sample
+
+_CELL, _CAPTION, _GAP = 128, 14, 6  # pixels
+_LINE = 400  # characters of a member that are shown
+
+
+def show(path: str, split: str, count: int, start: int, seed: int | None, sheet: Path) -> Iterator[str]:
+    """Yield lines about samples of a split; images go to a contact sheet.
+
+    Args:
+        path: the set.
+        split: which of its splits.
+        count: samples to show.
+        start: the first of them, in the order of writing or of ``seed``.
+        seed: shows samples of the first epoch of that seed instead.
+        sheet: file for the contact sheet; its suffix decides the format.
+
+    Raises:
+        UserError: the set or split does not exist, or a sample is damaged.
+    """
+    shards = ShardSet(path, split)
+    text = all("tokens" in shard.lengths for shard in shards.shards)
+    tokens = TokenSet(shards) if text else None
+    sizes = tokens.sizes("documents") if tokens else shards.sizes
+    order = SampleOrder(sizes, seed=seed or 0, shuffle=seed is not None)
+    samples = order.samples(0, start, min(len(order), start + count))
+    where = zip(samples.tolist(), *(a.tolist() for a in order.locate(samples)), strict=True)
+    if tokens:
+        yield from _documents(tokens, shards, where)
+        return
+    pictures: list[tuple[NDArray[np.uint8], str]] = []
+    for number, shard, row in where:
+        sample = decode_sample(shards.read(shard, row))
+        rest = {k: v for k, v in sample.items() if k.rpartition(".")[2].lower() not in IMAGES}
+        label = _label(rest, shards.manifest.classes)
+        for name in sample.keys() - rest.keys():
+            pictures.append((np.asarray(sample[name]), f"{number}  {label}"))
+        facts = "  ".join(f"{name}={_short(value)}" for name, value in rest.items())
+        yield f"{number}  {shards.key(shard, row)}  {facts}" + (f"  ({label})" if label else "")
+    if pictures:
+        contact_sheet(pictures).save(sheet)
+        yield f"pictures: {sheet}"
+
+
+def _documents(tokens: TokenSet, shards: ShardSet, where: Iterator[tuple[int, int, int]]) -> Iterator[str]:
+    """Yield documents, decoded by the set's tokenizer if it has one."""
+    decode: Any = None
+    if "tokenizer.json" in shards.manifest.files:
+        from tokenizers import Tokenizer
+
+        decode = Tokenizer.from_str(bytes(shards.folder.read_file("tokenizer.json")).decode()).decode
+    for number, shard, row in where:
+        sentences, label = tokens.document(shard, row)
+        name = "" if label is None else f"  ({_label({'cls': label}, shards.manifest.classes)})"
+        yield f"{number}  {sum(map(len, sentences))} tokens{name}"
+        for sentence in sentences[:20]:
+            yield "    " + _short(decode(sentence.tolist()) if decode else bytes_or_numbers(sentence))
+
+
+def bytes_or_numbers(sentence: NDArray[Any]) -> str:
+    """Return tokens of a set without a tokenizer: text where they are bytes, numbers otherwise."""
+    if len(sentence) and sentence.max() < 256:
+        return bytes(sentence.astype(np.uint8)).decode("utf-8", "replace")
+    return " ".join(map(str, sentence.tolist()))
+
+
+def _label(members: dict[str, Any], classes: list[str]) -> str:
+    label = members.get("cls")
+    if isinstance(label, int) and 0 <= label < len(classes):
+        return classes[label]
+    return "" if label is None else str(label)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, (dict, list)):
+        value = json.dumps(value, ensure_ascii=False)
+    elif isinstance(value, np.ndarray):
+        return f"{value.dtype}{list(value.shape)}"
+    elif isinstance(value, bytes):
+        return f"{len(value)} bytes"
+    text = " ".join(str(value).split())
+    return text if len(text) <= _LINE else text[: _LINE - 1] + "…"
+
+
+def contact_sheet(pictures: list[tuple[NDArray[np.uint8], str]]) -> Any:
+    """Return a ``PIL.Image`` with all pictures in a grid, each with its caption."""
+    from PIL import Image, ImageDraw
+
+    columns = min(len(pictures), max(1, math.ceil(math.sqrt(len(pictures) * 1.5))))
+    rows = math.ceil(len(pictures) / columns)
+    width, height = _CELL + _GAP, _CELL + _CAPTION + _GAP
+    sheet = Image.new("RGB", (columns * width + _GAP, rows * height + _GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (pixels, caption) in enumerate(pictures):
+        picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2:] == (1,) else pixels).convert("RGB")
+        scale = _CELL / max(picture.size)
+        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+        picture = picture.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC)
+        left, top = _GAP + number % columns * width, _GAP + number // columns * height
+        sheet.paste(picture, (left + (_CELL - size[0]) // 2, top + (_CELL - size[1]) // 2))
+        draw.text((left, top + _CELL), caption[: _CELL // 6], fill="black")
+    return sheet

@@ -1,0 +1,226 @@
+"""DataModules of text: fixed blocks of packed documents, and documents in batches of like length.
+
+``TokenBlocks`` gives dictionaries of int64 [batch, length]::
+
+    tokens    the text, documents one after the other, no padding
+    targets   the token that follows; -100 after a document's last (with ``next_token``)
+    segment   0, 1, 2...: which of the row's documents a token belongs to, for block-diagonal attention
+    position  0, 1, 2...: its place in that document, counted from the row's first token of it
+
+``TokenDocuments`` gives for each field, for example ``source`` and ``target``::
+
+    source         int64 [batch, longest], padded
+    source_length  int64 [batch]
+    label          int64 [batch], where documents have labels
+
+Both add ``sample`` and, in training, ``cursor``: see :mod:`paperscale.data.stream`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from paperscale.data.batching import Batches, TokenBatches
+from paperscale.data.faults import SampleFault, Skipped
+from paperscale.data.order import Order
+from paperscale.data.shards import ShardSet
+from paperscale.data.stream import Batch, Places, ShardStream, Source
+from paperscale.data.tokens import TokenSets
+from paperscale.errors import UserError
+
+IGNORED = -100
+"""Target of positions that have none, as ``cross_entropy`` ignores by default."""
+
+
+class TokenBlocks(ShardStream):
+    """Text in blocks of a fixed number of tokens, as language models are trained on (Radford et al. 2019, section 2.3).
+
+    The documents of a split, laid end to end, are cut into blocks; a block is a sample. What is left after the last
+    whole block, fewer tokens than one block, is not used.
+
+    Args:
+        path: token shards, as ``paperscale data prepare`` writes them of text.
+        global_batch_size: blocks of one optimizer step over all ranks.
+        length: tokens of a block.
+        next_token: add ``targets``.
+        segments: add ``segment`` and ``position``.
+        stream: the further arguments of :class:`~paperscale.data.stream.ShardStream`. Blocks are read in the
+            training thread by default: handing them to another would cost more than reading them.
+    """
+
+    def __init__(
+        self,
+        path: str | list[str],
+        global_batch_size: int = 32,
+        length: int = 512,
+        next_token: bool = False,
+        segments: bool = False,
+        num_threads: int = 0,
+        **stream: Any,
+    ):
+        super().__init__(path, global_batch_size, num_threads=num_threads, **stream)
+        if length < 1:
+            raise UserError(f"data.length must be at least 1, not {length}")
+        self.length, self.next_token, self.segments = length, next_token, segments
+        self._tokens = TokenSets()
+
+    def _identity(self) -> dict[str, Any]:
+        return {**super()._identity(), "length": self.length}
+
+    def units(self, shards: ShardSet) -> Sequence[int]:
+        """Return how many blocks begin in each shard."""
+        starts = self._tokens[shards].token_starts
+        blocks = (int(starts[-1]) - int(self.next_token)) // self.length
+        if not blocks:
+            raise UserError(
+                f"{shards.path}: split '{shards.split}' has {starts[-1]} tokens, fewer than one block of "
+                f"data.length={self.length}; use shorter blocks"
+            )
+        return np.diff(np.minimum(-(-starts // self.length), blocks)).tolist()
+
+    def allocate(self, count: int, train: bool) -> Batch:
+        """Return the batch's tensors."""
+        names = ["tokens"]
+        names += ["targets"] if self.next_token else []
+        names += ["segment", "position"] if self.segments else []
+        return {name: torch.empty(count, self.length, dtype=torch.int64) for name in names}
+
+    def fill_rows(self, source: Source, batch: Batch, rows: range, places: Places, train: bool) -> list[Skipped]:
+        """Copy blocks into the batch."""
+        skipped = []
+        views = {name: tensor.numpy() for name, tensor in batch.items()}
+        for row, of, shard, inside in zip(
+            rows, *(a[rows.start : rows.stop].tolist() for a in (places.sets, places.shards, places.rows)), strict=True
+        ):
+            try:
+                self._fill(source.sets[of], views, row, shard, inside)
+            except SampleFault as fault:
+                if self.on_fault == "fail":
+                    raise
+                skipped.append(Skipped(int(places.samples[row]), str(fault)))
+        return skipped
+
+    def fill(
+        self, shards: ShardSet, batch: Batch, row: int, shard: int, row_in_shard: int, sample: int, epoch: int | None
+    ) -> None:
+        """Copy one block into the batch."""
+        self._fill(shards, {name: tensor.numpy() for name, tensor in batch.items()}, row, shard, row_in_shard)
+
+    def _fill(self, shards: ShardSet, batch: dict[str, NDArray[np.int64]], row: int, shard: int, inside: int) -> None:
+        tokens = self._tokens[shards]
+        first = int(tokens.token_starts[shard])
+        start = (-(-first // self.length) + inside) * self.length - first
+        if not self.next_token:
+            tokens.copy_tokens(shard, start, batch["tokens"][row])
+        else:
+            block = np.empty(self.length + 1, np.int64)
+            tokens.copy_tokens(shard, start, block)
+            batch["tokens"][row], batch["targets"][row] = block[:-1], block[1:]
+        if self.segments:
+            self._mark(tokens.boundaries(shard, start, self.length), batch, row)
+
+    def _mark(self, ends: NDArray[np.int64], batch: dict[str, NDArray[np.int64]], row: int) -> None:
+        """Number the documents of a row, and the places in each."""
+        starts = np.concatenate([[0], ends[ends < self.length]])
+        sizes = np.diff(starts, append=self.length)
+        batch["segment"][row] = np.repeat(np.arange(len(starts)), sizes)
+        batch["position"][row] = np.arange(self.length) - np.repeat(starts, sizes)
+        if self.next_token:
+            batch["targets"][row, ends - 1] = IGNORED
+
+
+class TokenDocuments(ShardStream):
+    """Documents of one or more sentences, padded to the longest of a batch: translation, inference, classification.
+
+    Args:
+        path: token shards of such documents.
+        global_batch_size: documents of one optimizer step over all ranks, unless ``max_tokens`` is given.
+        fields: name of each sentence of a document, for example ``[source, target]``.
+        max_tokens: tokens of a global batch on each field instead: documents of like length go together
+            (Vaswani et al. 2017, section 5.1: 25,000). The mean of a loss is then over the last field's tokens.
+        micro_tokens: with it, the most tokens of one forward pass on one rank; the gradient is accumulated over as
+            many passes as that takes.
+        max_length: longer sentences are cut to this.
+        pad: number of the padding token.
+        stream: the further arguments of :class:`~paperscale.data.stream.ShardStream`.
+    """
+
+    def __init__(
+        self,
+        path: str | list[str],
+        global_batch_size: int = 32,
+        fields: list[str] | None = None,
+        max_tokens: int | None = None,
+        micro_tokens: int | None = None,
+        max_length: int | None = None,
+        pad: int = 0,
+        **stream: Any,
+    ):
+        super().__init__(path, global_batch_size, **stream)
+        self.fields = fields or ["tokens"]
+        self.max_tokens, self.micro_tokens, self.max_length, self.pad = max_tokens, micro_tokens, max_length, pad
+        self._tokens = TokenSets()
+
+    def _identity(self) -> dict[str, Any]:
+        return {**super()._identity(), "max_tokens": self.max_tokens, "max_length": self.max_length}
+
+    def accumulate(self, world_size: int) -> int:
+        """Return the forward passes of one optimizer step."""
+        if self.max_tokens is None:
+            return super().accumulate(world_size)
+        share = -(-self.max_tokens // world_size)
+        return -(-share // (self.micro_tokens or share))
+
+    def units(self, shards: ShardSet) -> Sequence[int]:
+        """Return the documents of each shard."""
+        return self._tokens[shards].sizes("documents")
+
+    def batches(self, source: Source, order: Order) -> tuple[Order, Batches]:
+        """Return the global batches: of a fixed size, or by tokens."""
+        if self.max_tokens is None:
+            return super().batches(source, order)
+        bucketed = TokenBatches(
+            order, partial(self.lengths, source), self.max_tokens, seed=self.seed, window=self.window
+        )
+        return bucketed, bucketed
+
+    def lengths(self, source: Source, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the tokens of each field, int64 [samples, fields]."""
+        sets, shards, rows = source.locate(samples)
+        found = np.empty((len(samples), len(self.fields)), np.int64)
+        for of in np.unique(sets).tolist():
+            tokens = self._tokens[source.sets[of]]
+            for shard in np.unique(shards[sets == of]).tolist():
+                here = np.flatnonzero((sets == of) & (shards == shard))
+                found[here] = tokens.sentence_lengths(shard, rows[here], len(self.fields))
+        return found if self.max_length is None else np.minimum(found, self.max_length)
+
+    def allocate_for(self, source: Source, places: Places, train: bool) -> Batch:
+        """Return tensors as long as the longest sentence of each field."""
+        longest = self.lengths(source, places.samples).max(0).tolist()
+        batch: Batch = {}
+        for name, size in zip(self.fields, longest, strict=True):
+            batch[name] = torch.full((len(places), size), self.pad)
+            batch[f"{name}_length"] = torch.zeros(len(places), dtype=torch.int64)
+        first = self._tokens[source.sets[int(places.sets[0])]]
+        if first.chunk(int(places.shards[0]), 0).labels is not None:
+            batch["label"] = torch.zeros(len(places), dtype=torch.int64)
+        return batch
+
+    def fill(
+        self, shards: ShardSet, batch: Batch, row: int, shard: int, row_in_shard: int, sample: int, epoch: int | None
+    ) -> None:
+        """Copy one document into the batch."""
+        sentences, label = self._tokens[shards].document(shard, row_in_shard)
+        for name, sentence in zip(self.fields, sentences, strict=True):
+            size = min(len(sentence), batch[name].shape[1])
+            batch[name].numpy()[row, :size] = sentence[:size]
+            batch[f"{name}_length"].numpy()[row] = size
+        if "label" in batch:
+            batch["label"].numpy()[row] = label
