@@ -213,10 +213,7 @@ def _add_others(add: Callable[[str, Command, str], Parser]) -> None:
     dataset.completer = lambda prefix, **_: ["mnist", "fashion-mnist"]  # type: ignore[attr-defined]
     prepare.add_argument("--out", type=Path, help="folder of the set (default: data/NAME)")
     prepare.set_defaults(run=run_prepare)
-    for name, what in (("verify", "check every shard against its hash"), ("info", "say what a set holds")):
-        action = actions.add_parser(name, help=what, allow_abbrev=False)
-        action.add_argument("folder", metavar="DIR", type=Path)
-        action.set_defaults(run=run_verify if name == "verify" else run_info)
+    _add_data_actions(actions)
     doctor = add("doctor", run_doctor, "check this machine and its cluster, each finding with its fix")
     doctor.add_argument("--cluster", help="profile that must work").completer = _complete_clusters  # type: ignore[attr-defined]
     doctor.add_argument("--data", type=Path, help="set of shards to verify")
@@ -229,6 +226,45 @@ def _add_others(add: Callable[[str, Command, str], Parser]) -> None:
         'print the shell\'s completion script: eval "$(paperscale completion bash)"',
     )
     completion.add_argument("shell", choices=["bash", "zsh", "fish"])
+
+
+def _add_data_actions(actions: Any) -> None:
+    def add(name: str, run: Command, what: str) -> Parser:
+        action = actions.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".", allow_abbrev=False)
+        action.add_argument("folder", metavar="DIR", help="the set: a folder, or a URL")
+        action.set_defaults(run=run)
+        return action
+
+    index = add("index", run_index, "make anybody's WebDataset shards a set, without changing them")
+    index.add_argument(
+        "--split",
+        action="append",
+        metavar="NAME=PATTERN",
+        help="tars of a split, for example 'train=train-{000000..001023}.tar' (default: by the names of the tars)",
+    )
+    index.add_argument("--fields", help="members to index, for example jpg,cls (default: all)")
+    index.add_argument(
+        "--missing",
+        choices=["refuse", "drop", "keep"],
+        default="refuse",
+        help="samples that lack a field: refuse the shard, drop them from the index, or keep them without the field",
+    )
+    index.add_argument(
+        "--length", action="append", metavar="NAME=FIELD.npy", help="a length to make batches by: rows of an array"
+    )
+    index.add_argument("--classes", type=Path, metavar="FILE", help="names of the labels, a line each")
+    index.add_argument("--out", type=Path, help="folder for indexes and manifest, where DIR cannot be written to")
+    verify = add("verify", run_verify, "check every shard against its hash and its index")
+    verify.add_argument("--deep", action="store_true", help="decode every sample too")
+    verify.add_argument("--json", action="store_true", help="print the report as JSON")
+    info = add("info", run_info, "say what a set holds")
+    info.add_argument("--json", action="store_true", help="print the manifest")
+    show = add("show", run_show, "look at samples: a contact sheet of pictures, or decoded text")
+    show.add_argument("--split", default="train")
+    show.add_argument("--count", type=int, default=24)
+    show.add_argument("--start", type=int, default=0, help="first sample")
+    show.add_argument("--seed", type=int, help="in the order of the first epoch of this seed, instead of as written")
+    show.add_argument("--out", type=Path, help="file of the contact sheet (default: NAME-SPLIT.png)")
 
 
 def _complete_recipes(prefix: str, **_: Any) -> list[str]:
@@ -477,13 +513,61 @@ def run_prepare(args: argparse.Namespace) -> int:
     return FINISHED
 
 
+def run_index(args: argparse.Namespace) -> int:
+    """Adopt WebDataset shards."""
+    from paperscale.data.adopt import adopt, find_tars
+    from paperscale.data.index import Rules
+    from paperscale.progress import byte_progress
+
+    folder = Path(args.folder)
+    splits = dict(_pairs(args.split, "--split", "train=PATTERN")) if args.split else None
+    lengths = dict(_pairs(args.length or [], "--length", "tokens=tokens.npy"))
+    rules = Rules(args.fields.split(",") if args.fields else None, args.missing, lengths)
+    classes = args.classes.read_text().splitlines() if args.classes else None
+    total = sum(tar.stat().st_size for tars in find_tars(folder, splits).values() for tar in tars)
+    with byte_progress(_console(), f"indexing {folder}", total) as done:
+        adopted = adopt(folder, splits, rules, out=args.out, classes=classes, progress=done)
+    shards = sum(map(len, adopted.manifest.splits.values()))
+    print(f"{args.out or folder}: {shards} shards, {_splits(adopted.manifest)}; fields {', '.join(adopted.fields)}")
+    for split, count in adopted.incomplete.items():
+        if count:
+            print(f"{split}: {count:,} samples lack a field: {'left out' if args.missing == 'drop' else 'kept'}")
+    for split, count in adopted.duplicates.items():
+        if count:
+            print(f"WARNING {split}: {count:,} keys occur in more than one shard; all their samples are kept")
+    return FINISHED
+
+
+def _pairs(words: list[str], option: str, example: str) -> list[list[str]]:
+    for word in words:
+        if "=" not in word:
+            raise UserError(f"{option} {word}: write NAME=VALUE, for example {option} {example}")
+    return [word.split("=", 1) for word in words]
+
+
 def run_verify(args: argparse.Namespace) -> int:
     """Verify a set."""
-    from paperscale.data.prepare import verified
+    from dataclasses import asdict
 
-    problems = verified(args.folder, _console())
-    print(f"{len(problems)} damaged shards" if problems else f"{args.folder} is complete and as it was written")
-    return FAILED if problems else FINISHED
+    from paperscale.data.shards import read_manifest
+    from paperscale.data.verify import verify
+    from paperscale.progress import byte_progress
+
+    total = sum(shard.bytes for _, shard in read_manifest(args.folder).shards())
+    with byte_progress(_console(), f"verifying {args.folder}", total) as done:
+        report = verify(args.folder, done, deep=args.deep)
+    if args.json:
+        print(json.dumps(asdict(report), indent=1))
+        return FAILED if report.problems else FINISHED
+    for problem in report.problems:
+        print(problem)
+    what = f"{report.shards} shards, {report.samples:,} samples, {report.bytes / 1e6:,.1f} MB"
+    what += f", {report.decoded:,} samples decoded" if args.deep else ""
+    if report.problems:
+        print(f"{args.folder} is damaged: {len(report.problems)} problems in {what}; copy or prepare the set again")
+    else:
+        print(f"{args.folder} is complete and as it was written: {what}")
+    return FAILED if report.problems else FINISHED
 
 
 def run_info(args: argparse.Namespace) -> int:
@@ -491,10 +575,34 @@ def run_info(args: argparse.Namespace) -> int:
     from paperscale.data.shards import read_manifest
 
     manifest = read_manifest(args.folder)
+    if args.json:
+        print(manifest.to_json(), end="")
+        return FINISHED
     print(f"{manifest.provenance.get('title', manifest.name)}: {_splits(manifest)}")
-    for name in ("source", "licence"):
-        print(f"{name:9} {manifest.provenance.get(name, 'unknown')}")
-    print(f"classes   {', '.join(manifest.classes)}")
+    for split, shards in manifest.splits.items():
+        sums = "".join(f", {sum(shard.lengths.get(name, 0) for shard in shards):,} {name}" for name in manifest.lengths)
+        size = sum(shard.bytes for shard in shards) / 1e6
+        print(f"  {split:8} {len(shards)} shards, {sum(s.samples for s in shards):,} samples, {size:,.1f} MB{sums}")
+    facts = {
+        "fields": ", ".join(f"{name} ({what})" if what else name for name, what in manifest.schema.items()),
+        "image": ", ".join(f"{name} {value}" for name, value in manifest.image.items()),
+        "classes": f"{len(manifest.classes)}: {', '.join(manifest.classes[:20])}" if manifest.classes else "",
+        "files": ", ".join(manifest.files),
+        **{name: str(value) for name, value in manifest.provenance.items() if name != "title"},
+    }
+    for name, value in facts.items():
+        if value:
+            print(f"{name:9} {value}")
+    return FINISHED
+
+
+def run_show(args: argparse.Namespace) -> int:
+    """Show samples."""
+    from paperscale.data.show import show
+
+    sheet = args.out or Path(f"{Path(args.folder).name}-{args.split}.png")
+    for line in show(args.folder, args.split, args.count, args.start, args.seed, sheet):
+        print(line)
     return FINISHED
 
 

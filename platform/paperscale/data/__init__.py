@@ -3,22 +3,29 @@
 Nothing here knows of papers, ranks' networks or jobs.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from paperscale.data.images import ImageShards
     from paperscale.data.stream import ShardStream
+    from paperscale.data.text import TokenBlocks, TokenDocuments
+    from paperscale.data.webdataset import WebDatasetStream
+    from paperscale.data.writer import ShardWriter
 
-__all__ = ["ImageShards", "ShardStream"]
+__all__ = ["ImageShards", "ShardStream", "ShardWriter", "TokenBlocks", "TokenDocuments", "WebDatasetStream"]
+
+_HOME = {
+    "ImageShards": "images",
+    "ShardStream": "stream",
+    "ShardWriter": "writer",
+    "TokenBlocks": "text",
+    "TokenDocuments": "text",
+    "WebDatasetStream": "webdataset",
+}
 
 
 def __getattr__(name: str) -> Any:  # `paperscale data` must not pay for importing torch
-    if name == "ImageShards":
-        from paperscale.data.images import ImageShards
-
-        return ImageShards
-    if name == "ShardStream":
-        from paperscale.data.stream import ShardStream
-
-        return ShardStream
+    if name in _HOME:
+        return getattr(importlib.import_module(f"paperscale.data.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -86,9 +86,7 @@ def adopt(
         keys, shards, incomplete = [], [], 0
         work = partial(_index_one, out, rules)
         processes = min(len(paths), num_processes or os.cpu_count() or 1)
-        for path, (index, hashes, short) in zip(
-            paths, map_in_order(work, paths, processes, chunk=1), strict=True
-        ):
+        for path, (index, hashes, short) in zip(paths, map_in_order(work, paths, processes, chunk=1), strict=True):
             shards.append(as_shard(index))
             fields |= set(index.fields)
             incomplete += short
@@ -130,7 +128,7 @@ def _index_one(out: Path, rules: Rules, tar: Path) -> tuple[shard_index.ShardInd
     """Index one tar and write its index; return it, the hashes of its keys, and its incomplete samples."""
     index = shard_index.build(tar, rules)
     write_atomically(out / (tar.name + shard_index.SUFFIX), shard_index.to_bytes(index))
-    digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in index.keys())
+    digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in index.all_keys())
     kept = int((index.members["offset"] == 0).any(1).sum())
     return index, np.frombuffer(digests, np.uint64), index.dropped + kept
 
@@ -163,11 +161,11 @@ def find_tars(folder: Path, splits: Mapping[str, str] | None = None) -> dict[str
 
 
 def _matching(folder: Path, split: str, pattern: str) -> list[Path]:
-    from braceexpand import UnbalancedBracesError, braceexpand
+    from braceexpand import braceexpand
 
     try:
         names = list(braceexpand(pattern))
-    except UnbalancedBracesError as error:
+    except ValueError as error:  # unbalanced braces
         raise UserError(f"--split {split}={pattern}: {error}; write for example 'train-{{0000..0099}}.tar'") from error
     paths: list[Path] = []
     for name in names:

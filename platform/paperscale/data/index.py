@@ -77,7 +77,7 @@ class ShardIndex:
         start = int(self.ends[row - 1]) if row else 0
         return str(self.text[start : int(self.ends[row])], "utf-8")
 
-    def keys(self) -> list[str]:
+    def all_keys(self) -> list[str]:
         """Return all keys, in the order of the samples."""
         return [self.key(row) for row in range(len(self))]
 
@@ -309,9 +309,7 @@ def _from_body(header: dict[str, Any], body: memoryview) -> ShardIndex:
     ends = np.frombuffer(body[ends_start : ends_start + 4 * samples], _U4)
     columns = {name: lengths[:, column] for column, name in enumerate(names)}
     text = body[ends_start + 4 * samples :]
-    return ShardIndex(
-        header["tar"], fields, members, columns, ends, text, header["tar_bytes"], header["tar_sha256"]
-    )
+    return ShardIndex(header["tar"], fields, members, columns, ends, text, header["tar_bytes"], header["tar_sha256"])
 
 
 def load(tar: Path) -> ShardIndex:

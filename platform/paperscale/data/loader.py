@@ -25,8 +25,9 @@ Batch_ = TypeVar("Batch_", covariant=True)
 class Job(Protocol[Batch_]):
     """One batch in preparation."""
 
-    parts: Sequence[Callable[[], None]]
-    """Each fills its own rows of the batch; they run in any order, on several threads at once."""
+    @property
+    def parts(self) -> Sequence[Callable[[], None]]:
+        """What fills the batch, each its own rows; they run in any order, on several threads at once."""
 
     def finish(self) -> Batch_:
         """Return the batch, once all parts have run."""
@@ -130,8 +131,9 @@ class OrderedLoader(Generic[Plan, Batch]):
 
         loader: DataLoader[Any] = DataLoader(
             _Prepared(self.reader),  # type: ignore[arg-type]
-            sampler=_Plans(self.plans),  # type: ignore[arg-type]
+            sampler=_Plans(self.plans),
             batch_size=None,
+            collate_fn=_as_it_is,
             num_workers=self.workers.processes,
             prefetch_factor=self.workers.ahead,
             timeout=self.workers.timeout_s,
@@ -149,6 +151,10 @@ def prepare(reader: Reader[Plan, Batch], plan: Plan) -> Batch:
     for part in job.parts:
         part()
     return job.finish()
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 class _Prepared:

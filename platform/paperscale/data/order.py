@@ -76,7 +76,9 @@ class SampleOrder:
         window: samples that are shuffled together; bounds memory (24 bytes a sample) and the span of reading.
     """
 
-    def __init__(self, sizes: Sequence[int], *, seed: int = 0, shuffle: bool = True, window: int = 1 << 16):
+    def __init__(
+        self, sizes: Sequence[int] | NDArray[np.int64], *, seed: int = 0, shuffle: bool = True, window: int = 1 << 16
+    ):
         self.sizes = np.asarray(sizes, np.int64)
         self.seed, self.shuffle, self.window = seed, shuffle, window
         self.starts = np.concatenate([[0], np.cumsum(self.sizes)])
@@ -130,9 +132,7 @@ class SampleOrder:
         return samples[permutation(len(samples), self.seed, epoch, _SAMPLES, number)]
 
 
-def windowed(
-    start: int, stop: int, window: int, plan: Callable[[int], NDArray[np.int64]]
-) -> NDArray[np.int64]:
+def windowed(start: int, stop: int, window: int, plan: Callable[[int], NDArray[np.int64]]) -> NDArray[np.int64]:
     """Return positions ``start`` to ``stop`` of a sequence that is planned window by window."""
     number, first = divmod(start, window)
     if start < stop <= (number + 1) * window:  # nearly always

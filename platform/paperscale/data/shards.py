@@ -246,10 +246,9 @@ class ShardSet:
             UserError: the index is missing, damaged, or another shard's.
             OSError: a file cannot be read.
         """
-        with self._lock:
-            if shard in self._open:
-                self._open.move_to_end(shard)
-                return self._open[shard]
+        found = self._open.get(shard)
+        if found is not None:
+            return found
         facts = self.shards[shard]
         path = f"{self.path}/{facts.name}{shard_index.SUFFIX}"
         index = shard_index.from_bytes(path, self.folder.read_file(facts.name + shard_index.SUFFIX))

@@ -32,7 +32,14 @@ from paperscale.errors import UserError
 
 Batch = dict[str, Any]
 
-_UNDECODABLE = (ValueError, OSError, SyntaxError, EOFError, KeyError, zlib.error)  # PIL has a SyntaxError for broken PNG
+_UNDECODABLE = (
+    ValueError,
+    OSError,
+    SyntaxError,
+    EOFError,
+    KeyError,
+    zlib.error,
+)  # PIL has a SyntaxError for broken PNG
 _PART = 16  # the least rows that a thread fills at a time
 _MOST_THREADS = 16
 _LOOK_AHEAD = 16  # batches whose samples a remote folder is asked for beforehand
@@ -335,6 +342,7 @@ class Source:
         self.sets, self.units = list(sets), [np.asarray(sizes, np.int64) for sizes in units]
         self.sizes = np.concatenate(self.units)
         self._starts = np.concatenate([[0], np.cumsum(self.sizes)])
+        self._zeros = np.zeros(1024, np.int64)
         self._first_shards = np.cumsum([0, *(len(sizes) for sizes in self.units)])
 
     @property
@@ -352,7 +360,7 @@ class Source:
         shards = self._starts.searchsorted(samples, side="right") - 1
         rows = samples - self._starts[shards]
         if len(self.sets) == 1:
-            return np.zeros_like(shards), shards, rows
+            return self._zeros[: len(shards)] if len(shards) <= len(self._zeros) else shards * 0, shards, rows
         sets = self._first_shards.searchsorted(shards, side="right") - 1
         return sets, shards - self._first_shards[sets], rows
 
@@ -373,6 +381,11 @@ class Places:
     def __len__(self) -> int:
         """Return the number of samples."""
         return len(self.samples)
+
+    def of(self, rows: range) -> Iterator[tuple[int, int, int, int]]:
+        """Yield row, set, shard and row in the shard of some samples."""
+        columns = (column[rows.start : rows.stop].tolist() for column in (self.sets, self.shards, self.rows))
+        return zip(rows, *columns, strict=True)
 
     def at(self, row: int) -> tuple[int, int, int, int, int]:
         """Return set, shard, row in the shard, number and epoch of one sample."""

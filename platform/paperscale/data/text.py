@@ -31,8 +31,10 @@ from paperscale.data.faults import SampleFault, Skipped
 from paperscale.data.order import Order
 from paperscale.data.shards import ShardSet
 from paperscale.data.stream import Batch, Places, ShardStream, Source
-from paperscale.data.tokens import TokenSets
+from paperscale.data.tokens import TokenSet, TokenSets
 from paperscale.errors import UserError
+
+_WINDOW = 1 << 25  # tokens
 
 IGNORED = -100
 """Target of positions that have none, as ``cross_entropy`` ignores by default."""
@@ -50,8 +52,10 @@ class TokenBlocks(ShardStream):
         length: tokens of a block.
         next_token: add ``targets``.
         segments: add ``segment`` and ``position``.
-        stream: the further arguments of :class:`~paperscale.data.stream.ShardStream`. Blocks are read in the
-            training thread by default: handing them to another would cost more than reading them.
+        window: blocks shuffled together; by default as many as hold 33 million tokens.
+        num_threads: threads that read; 0, the default, reads in the training thread: handing blocks to another costs
+            more than reading them.
+        stream: the further arguments of :class:`~paperscale.data.stream.ShardStream`.
     """
 
     def __init__(
@@ -61,12 +65,14 @@ class TokenBlocks(ShardStream):
         length: int = 512,
         next_token: bool = False,
         segments: bool = False,
+        window: int | None = None,
         num_threads: int = 0,
         **stream: Any,
     ):
-        super().__init__(path, global_batch_size, num_threads=num_threads, **stream)
         if length < 1:
             raise UserError(f"data.length must be at least 1, not {length}")
+        window = max(1, _WINDOW // length) if window is None else window
+        super().__init__(path, global_batch_size, window=window, num_threads=num_threads, **stream)
         self.length, self.next_token, self.segments = length, next_token, segments
         self._tokens = TokenSets()
 
@@ -95,11 +101,16 @@ class TokenBlocks(ShardStream):
         """Copy blocks into the batch."""
         skipped = []
         views = {name: tensor.numpy() for name, tensor in batch.items()}
-        for row, of, shard, inside in zip(
-            rows, *(a[rows.start : rows.stop].tolist() for a in (places.sets, places.shards, places.rows)), strict=True
-        ):
+        sets = [self._tokens[shards] for shards in source.sets]
+        firsts = [tokens.block_starts(self.length) for tokens in sets]
+        whole = not (self.next_token or self.segments)
+        for row, of, shard, inside in places.of(rows):
+            start = firsts[of][shard] + inside * self.length
             try:
-                self._fill(source.sets[of], views, row, shard, inside)
+                if whole:
+                    sets[of].copy_tokens(shard, start, views["tokens"][row])
+                else:
+                    self._fill(sets[of], views, row, shard, start)
             except SampleFault as fault:
                 if self.on_fault == "fail":
                     raise
@@ -110,12 +121,12 @@ class TokenBlocks(ShardStream):
         self, shards: ShardSet, batch: Batch, row: int, shard: int, row_in_shard: int, sample: int, epoch: int | None
     ) -> None:
         """Copy one block into the batch."""
-        self._fill(shards, {name: tensor.numpy() for name, tensor in batch.items()}, row, shard, row_in_shard)
-
-    def _fill(self, shards: ShardSet, batch: dict[str, NDArray[np.int64]], row: int, shard: int, inside: int) -> None:
         tokens = self._tokens[shards]
-        first = int(tokens.token_starts[shard])
-        start = (-(-first // self.length) + inside) * self.length - first
+        start = tokens.block_starts(self.length)[shard] + row_in_shard * self.length
+        self._fill(tokens, {name: tensor.numpy() for name, tensor in batch.items()}, row, shard, start)
+
+    def _fill(self, tokens: TokenSet, batch: dict[str, NDArray[np.int64]], row: int, shard: int, start: int) -> None:
+        """Copy the block that begins at token ``start`` of a shard into row ``row``."""
         if not self.next_token:
             tokens.copy_tokens(shard, start, batch["tokens"][row])
         else:

@@ -14,6 +14,7 @@ premise and the hypothesis of an inference.
 from __future__ import annotations
 
 import io
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -143,7 +144,8 @@ class TokenSet:
             )
         self.shards = shards
         self.token_starts = self._starts("tokens")
-        self._chunk_starts: dict[tuple[int, str], NDArray[np.int64]] = {}
+        self._chunk_starts: dict[tuple[int, str], list[int]] = {}
+        self._block_starts: dict[int, list[int]] = {}
         self._chunks: dict[tuple[int, int], Chunk] = {}
 
     def _starts(self, length: str) -> NDArray[np.int64]:
@@ -153,12 +155,19 @@ class TokenSet:
         """Return the tokens, documents or sentences of each shard."""
         return [shard.lengths[length] for shard in self.shards.shards]
 
-    def chunk_starts(self, shard: int, length: str) -> NDArray[np.int64]:
+    def chunk_starts(self, shard: int, length: str) -> list[int]:
         """Return where each chunk of a shard begins, in tokens, documents or sentences, and where the last ends."""
         found = self._chunk_starts.get((shard, length))
         if found is None:
             counts = self.shards.opened(shard)[0].lengths[length]
-            found = self._chunk_starts[shard, length] = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+            found = self._chunk_starts[shard, length] = [0, *np.cumsum(counts, dtype=np.int64).tolist()]
+        return found
+
+    def block_starts(self, length: int) -> list[int]:
+        """Return where, in each shard, its first block begins, if the split is cut into blocks of ``length`` tokens."""
+        found = self._block_starts.get(length)
+        if found is None:
+            found = self._block_starts[length] = (-self.token_starts % length).tolist()
         return found
 
     def chunk(self, shard: int, row: int) -> Chunk:
@@ -180,42 +189,46 @@ class TokenSet:
 
     def copy_tokens(self, shard: int, start: int, out: NDArray[np.int64]) -> None:
         """Copy the tokens that begin at ``start`` of a shard, and go on into the shards that follow, into ``out``."""
+        starts = self.chunk_starts(shard, "tokens")
+        row = bisect_right(starts, start) - 1
+        chunk = self._chunks.get((shard, row))  # nearly always there, and the whole block in it
+        if chunk is not None:
+            inside = start - starts[row]
+            tokens = chunk.tokens[inside : inside + len(out)]
+            if len(tokens) == len(out):
+                out[:] = tokens
+                return
         filled = 0
-        while filled < len(out):
-            starts = self.chunk_starts(shard, "tokens")
-            row = int(starts.searchsorted(start, side="right")) - 1
-            if row == len(starts) - 1:
-                shard, start = shard + 1, int(start - starts[-1])
-                continue
-            tokens = self.chunk(shard, row).tokens
-            inside = int(start - starts[row])
-            part = tokens[inside : inside + len(out) - filled]
-            out[filled : filled + len(part)] = part
-            filled += len(part)
-            start += len(part)
+        for chunk, inside, size in self._parts(shard, start, len(out)):
+            out[filled : filled + size] = chunk.tokens[inside : inside + size]
+            filled += size
 
     def boundaries(self, shard: int, start: int, size: int) -> NDArray[np.int64]:
         """Return where documents end among the ``size`` tokens that begin at ``start`` of a shard."""
         found, filled = [], 0
-        while filled < size:
-            starts = self.chunk_starts(shard, "tokens")
-            row = int(starts.searchsorted(start, side="right")) - 1
-            if row == len(starts) - 1:
-                shard, start = shard + 1, int(start - starts[-1])
-                continue
-            ends = self.chunk(shard, row).documents[:, 0].astype(np.int64)
-            inside = int(start - starts[row])
-            taken = min(int(starts[row + 1]) - start, size - filled)
+        for chunk, inside, taken in self._parts(shard, start, size):
+            ends = chunk.documents[:, 0].astype(np.int64)
             found.append(ends[(ends > inside) & (ends <= inside + taken)] - inside + filled)
             filled += taken
-            start += taken
         return np.concatenate(found)
+
+    def _parts(self, shard: int, start: int, size: int) -> Iterator[tuple[Chunk, int, int]]:
+        """Yield the chunks that hold ``size`` tokens from ``start`` of a shard on, with first token and number."""
+        while size:
+            starts = self.chunk_starts(shard, "tokens")
+            row = bisect_right(starts, start) - 1
+            if row == len(starts) - 1:
+                shard, start = shard + 1, start - starts[-1]
+                continue
+            taken = min(starts[row + 1] - start, size)
+            yield self.chunk(shard, row), start - starts[row], taken
+            start, size = start + taken, size - taken
 
     def document(self, shard: int, row: int) -> tuple[list[NDArray[Any]], int | None]:
         """Return the sentences of a document, and its label."""
         starts = self.chunk_starts(shard, "documents")
-        at = int(starts.searchsorted(row, side="right")) - 1
-        chunk, inside = self.chunk(shard, at), int(row - starts[at])
+        at = bisect_right(starts, row) - 1
+        chunk, inside = self.chunk(shard, at), row - starts[at]
         token, first = chunk.documents[inside - 1].tolist() if inside else (0, 0)
         sentences = []
         for end in chunk.sentences[first : chunk.documents[inside, 1]].tolist():
@@ -229,7 +242,7 @@ class TokenSet:
         Raises:
             UserError: a document has another number of sentences.
         """
-        starts = self.chunk_starts(shard, "documents")
+        starts = np.array(self.chunk_starts(shard, "documents"))
         chunks = starts.searchsorted(rows, side="right") - 1
         found = np.empty((len(rows), sides), np.int64)
         for at in np.unique(chunks).tolist():

@@ -89,7 +89,9 @@ class WebDatasetStream(ShardStream):
                 empty = False
                 yield batch
             if empty:
-                raise UserError(f"the pipeline gives rank {rank} of {world_size} no batch of '{split}'; check its split")
+                raise UserError(
+                    f"the pipeline gives rank {rank} of {world_size} no batch of '{split}'; check its split"
+                )
 
     def _eval_dataloader(self, stage: str) -> Any:
         split = self.splits[stage] or stage
@@ -131,5 +133,3 @@ def find(name: str) -> Callable[..., Iterable[Batch]]:
     if not callable(getattr(found, function, None)):
         raise UserError(f"data.pipeline={name}: no function '{function}'{nearest(function, vars(found))}")
     return getattr(found, function)
-
-

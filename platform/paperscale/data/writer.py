@@ -12,7 +12,7 @@ import hashlib
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -152,7 +152,7 @@ class ShardWriter:
         """Return how many processes encode ``items``, ``done`` of which are finished."""
         if self.num_processes is not None:
             return self.num_processes
-        few = hasattr(items, "__len__") and len(items) - done < _FEW
+        few = isinstance(items, Sized) and len(items) - done < _FEW
         return 0 if few else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     def write_samples(self, split: str, make: Callable[[Done], Iterable[Sample]]) -> list[Shard]:

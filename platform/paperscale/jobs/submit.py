@@ -95,7 +95,9 @@ def resolve(arguments: RecipeArguments, world_size: int) -> str:
         )
     cli.datamodule.check()
     cli.datamodule.accumulate(world_size)
-    cli.config.data.init_args.path = str(Path(cli.datamodule.path).absolute())
+    if cli.datamodule.paths:
+        paths = [path if "://" in path else str(Path(path).absolute()) for path in cli.datamodule.paths]
+        cli.config.data.init_args.path = paths[0] if len(paths) == 1 else paths
     return cli.resolved()
 
 
