@@ -16,10 +16,12 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from helpers import equal, final_state, rows, trained_samples
+from paperscale.data.index import load
 from paperscale.errors import FAILED, FINISHED, REQUEUE, USER_ERROR
 from paperscale.jobs.run import Attempt, Run, RunInfo, create
 from paperscale.jobs.submit import resolve
 from paperscale.jobs.worker import main as work
+from paperscale.papers.resnet import ResNetClassifier
 from paperscale.recipes import RecipeArguments
 from paperscale.training import signals
 from paperscale.training.checkpoint import newest_verified
@@ -161,6 +163,51 @@ def test_lightning_handles_no_signal(runs, tiny_recipe):
     trainer._signal_connector.__class__ = type("Moved", (), {})
     with pytest.raises(RuntimeError, match=r"has no Moved\.register_signal_handlers"):
         take_over_signals(trainer)
+
+
+def test_a_schedule_that_reads_the_number_of_steps_does_not_move_the_position(runs, tiny_recipe):
+    """Lightning drops a loader's own state where ``configure_optimizers`` reads ``estimated_stepping_batches``."""
+    model = "model.class_path=test_resume.OneCycle"
+    whole = new_run("cycle", tiny_recipe, model)
+    assert attempt(whole) == FINISHED
+    cut = new_run("cycle-cut", tiny_recipe, model, at_step(13))
+    assert attempt(cut) == REQUEUE
+    assert attempt(cut) == FINISHED
+    assert trained_samples(cut) == trained_samples(whole)
+    assert equal(final_state(cut), final_state(whole))
+    assert rows(cut) == rows(whole)
+
+
+class OneCycle(ResNetClassifier):
+    """Needs the number of steps beforehand, as most schedules with a total do."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), 0.05, momentum=0.9)
+        steps = int(self.trainer.estimated_stepping_batches)
+        assert steps == 24
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def test_skipped_samples_are_counted_logged_and_part_of_the_checkpoint(runs, tiny_recipe, own_shards, capfd):
+    index = load(own_shards / "train-000001.tar")
+    with (own_shards / "train-000001.tar").open("r+b") as file:
+        for row in (3, 20):
+            file.seek(int(index.members[row, 1]["offset"]) + 20)
+            file.write(b"damaged")
+    skipping = (f"data.path={own_shards}", "data.on_fault=skip")
+    whole = new_run("skip", tiny_recipe, *skipping)
+    assert attempt(whole) == FINISHED
+    assert capfd.readouterr().err.count("WARNING sample skipped: ") == 2, "each is named once"
+    assert [row["data/skipped"] for row in rows(whole) if "data/skipped" in row][-1] == 2
+    cut = new_run("skip-cut", tiny_recipe, *skipping, at_step(13))
+    assert attempt(cut) == REQUEUE
+    assert attempt(cut) == FINISHED
+    assert rows(cut) == rows(whole)
+    assert equal(final_state(cut), final_state(whole))
+    assert trained_samples(cut) == trained_samples(whole)
+    state = torch.load(sorted(cut.checkpoints.glob("step-*"))[-1] / "state.pt", weights_only=True)
+    assert state["ImageShards"]["skipped"] == {40: 3, 57: 3}
 
 
 class Noise(Callback):

@@ -403,7 +403,8 @@ class _Filling:
 
     def __init__(self, stream: ShardStream, source: Source, places: Places, train: bool):
         self.places = places
-        self.batch = stream.allocate_for(source, places, train)
+        with torch.inference_mode(False):  # threads could not write to a tensor of an evaluation loop's inference mode
+            self.batch = stream.allocate_for(source, places, train)
         self.skipped: list[Skipped] = []
         size = max(_PART, -(-len(places) // max(1, stream.workers.threads)))
         self.parts: list[Callable[[], None]] = [
