@@ -380,7 +380,7 @@ class FirstBatch(Callback):
         """Record the first batch."""
         if not self._done:
             self._done = True
-            self.record(datamodule(trainer).consumed, batch["sample"][:8].tolist())
+            self.record(datamodule(trainer).consumed, batch["sample"][:8].tolist() if "sample" in batch else [])
 
 
 def exit_now(code: int) -> None:
