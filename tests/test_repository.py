@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from paperscale.cli import build_parser, main
+from paperscale.data.shards import ShardSet
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs/data.md"]
 
 
 def commands_in(path: Path) -> list[str]:
@@ -29,6 +31,8 @@ def test_every_command_in_the_documents_exists(document):
         words = line.split()
         if words[:1] == ["paperscale"]:
             assert words[1] in choices, line
+            if words[1] in ("data", "bench") and "..." not in line:
+                build_parser().parse_args(shlex.split(line)[1:])
         if words[:1] == ["make"]:
             assert next(word for word in words[1:] if "=" not in word) in targets, line
 
@@ -36,7 +40,7 @@ def test_every_command_in_the_documents_exists(document):
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_file_that_the_documents_link_to_exists(document):
     for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
-        assert (ROOT / target).exists(), target
+        assert (document.parent / target).exists(), target
 
 
 def test_papers_know_nothing_of_jobs_and_data_nothing_of_papers():
@@ -66,6 +70,19 @@ def test_the_readme_shows_the_recipes_as_they_are(capsys):
     assert main(["recipes", "--markdown"]) == 0
     for row in capsys.readouterr().out.splitlines():
         assert row in (ROOT / "README.md").read_text(), "paste the table of `paperscale recipes --markdown`"
+
+
+def test_the_writer_of_the_data_guide_works_as_it_is_printed(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/data.md").read_text(), re.DOTALL)
+    for number in range(2100):
+        path = tmp_path / "photos" / ("dog" if number % 3 else "cat") / f"{number:04d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"photo %d" % number)
+    (tmp_path / "write.py").write_text(code)
+    subprocess.run([sys.executable, "write.py"], cwd=tmp_path, check=True)
+    shards = ShardSet(tmp_path / "data/pets", "train")
+    assert sum(shards.sizes) == 1100
+    assert bytes(shards.read(0, 0)["cls"]) == b"1"
 
 
 def test_the_paper_of_contributing_works_as_it_is_printed(tmp_path, tiny_shards, runs, monkeypatch):

@@ -141,7 +141,7 @@ def incomplete(tmp_path: Path) -> Path:
 
 
 def test_missing_fields_are_refused_dropped_or_kept(incomplete):
-    with pytest.raises(UserError, match="sample '2' has no 'cls', and 1 more samples; .*`--missing drop`"):
+    with pytest.raises(UserError, match=r"sample '2' has no 'cls', and 1 more samples; .*`--missing drop`"):
         adopt(incomplete)
     adopted = adopt(incomplete, rules=Rules(missing="drop"))
     assert adopted.incomplete == {"train": 2}

@@ -52,7 +52,7 @@ def replace(folder: Path) -> None:
     """Another shard under the same name, with an index that fits it."""
     for suffix in ("", shard_index.SUFFIX):
         shutil.copy(folder / f"train-000003.tar{suffix}", folder / f"{TAR}{suffix}.new")
-        os.replace(folder / f"{TAR}{suffix}.new", folder / (TAR + suffix))
+        (folder / f"{TAR}{suffix}.new").replace(folder / (TAR + suffix))
 
 
 def undecodable(folder: Path) -> None:
