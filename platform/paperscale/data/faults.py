@@ -27,6 +27,10 @@ class SampleFault(UserError):
         return SampleFault, (self.shard, self.key, self.reason)
 
 
+class RemoteError(UserError):
+    """The server does not give what it should: nothing is wrong with the sample that was to be read."""
+
+
 class Skipped(NamedTuple):
     """A sample that was left out of a batch.
 

@@ -51,13 +51,14 @@ class _Mapped:
 
     def __init__(self, path: Path):
         self._descriptor = os.open(path, os.O_RDONLY)
-        self._size = os.fstat(self._descriptor).st_size
-        self._view = memoryview(mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ) if self._size else b"")
+        size = os.fstat(self._descriptor).st_size
+        self._view = memoryview(mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ) if size else b"")
 
     def read(self, offset: int, size: int) -> Buffer:
         """Return a view; a file that was cut off since it was opened gives what is left of it."""
-        end = min(offset + size, self._size, os.fstat(self._descriptor).st_size)  # beyond its end is a SIGBUS
-        return self._view[offset:end]
+        end = offset + size
+        now = os.lseek(self._descriptor, 0, os.SEEK_END)  # to read a mapping beyond the file's end is a SIGBUS
+        return self._view[offset : end if end <= now else now]
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from paperscale.data import index as shard_index
-from paperscale.data.faults import SampleFault
+from paperscale.data.faults import RemoteError, SampleFault
 from paperscale.data.files import Buffer, Folder, ShardFile, open_folder
 from paperscale.data.index import ShardIndex, crc32
 from paperscale.errors import UserError, nearest
@@ -21,6 +22,7 @@ from paperscale.errors import UserError, nearest
 MANIFEST = "manifest.json"
 VERSION = 2
 _OPEN_SHARDS = 512
+_LOOKS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ def read_manifest(folder: str | Path | Folder) -> Manifest:
             )
         splits = {name: [Shard(**shard) for shard in shards] for name, shards in raw.pop("splits").items()}
         return Manifest(splits=splits, **raw)
+    except UserError:
+        raise  # a server's, which says all there is to say
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; check that it can be read from this machine") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -154,21 +158,21 @@ class ShardSet:
 
     def check(self) -> list[str]:
         """Compare the size of every shard with the manifest's, a look at each file; return what is wrong."""
-        problems = []
-        for shard in self.shards:
-            try:
-                size = self.tars.size(shard.name)
-                self.folder.size(shard.name + shard_index.SUFFIX)
-            except FileNotFoundError as error:
-                problems.append(f"{error.filename or shard.name} is missing; copy the set again, or prepare it again")
-                continue
-            except OSError as error:
-                problems.append(f"{self.tars}/{shard.name}: {error.strerror or error}; check the file system")
-                continue
-            if size != shard.bytes:
-                fix = "copy it again, or prepare the set again"
-                problems.append(f"{self.tars}/{shard.name}: has {size} bytes, {shard.bytes} were written; {fix}")
-        return problems
+        with ThreadPoolExecutor(_LOOKS_AT_ONCE) as pool:
+            return [problem for problem in pool.map(self._look_at, self.shards) if problem]
+
+    def _look_at(self, shard: Shard) -> str | None:
+        try:
+            size = self.tars.size(shard.name)
+            self.folder.size(shard.name + shard_index.SUFFIX)
+        except FileNotFoundError as error:
+            return f"{error.filename or shard.name} is missing; copy the set again, or prepare it again"
+        except OSError as error:
+            return f"{self.tars}/{shard.name}: {error.strerror or error}; check the file system"
+        if size != shard.bytes:
+            fix = "copy it again, or prepare the set again"
+            return f"{self.tars}/{shard.name}: has {size} bytes, {shard.bytes} were written; {fix}"
+        return None
 
     def tar(self, shard: int) -> str:
         """Return the path or URL of a shard."""
@@ -194,7 +198,9 @@ class ShardSet:
         except SampleFault:
             if not self._forget(shard, row):
                 raise
-        except (OSError, UserError):
+        except (OSError, UserError) as error:
+            if isinstance(error, RemoteError) and not isinstance(error, FileNotFoundError):
+                raise  # it has been tried again already, and the sample may well be whole
             with self._lock:
                 self._open.pop(shard, None)  # a mount that came back has new handles
         try:
@@ -202,6 +208,8 @@ class ShardSet:
         except SampleFault:
             raise
         except (OSError, UserError) as error:
+            if isinstance(error, RemoteError) and not isinstance(error, FileNotFoundError):
+                raise
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise SampleFault(self.tar(shard), f"row {row}", reason) from error
 

@@ -15,6 +15,7 @@ import zlib
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -156,8 +157,7 @@ class ShardStream(LightningDataModule):
     def fill_rows(self, source: Source, batch: Batch, rows: range, places: Places, train: bool) -> list[Skipped]:
         """Fill some rows of a batch; return those that could not be, in ``skip``."""
         skipped = []
-        for row in rows:
-            of, shard, inside, sample, epoch = places.at(row)
+        for row, of, shard, inside, sample, epoch in places.of(rows):
             shards = source.sets[of]
             try:
                 try:
@@ -382,20 +382,10 @@ class Places:
         """Return the number of samples."""
         return len(self.samples)
 
-    def of(self, rows: range) -> Iterator[tuple[int, int, int, int]]:
-        """Yield row, set, shard and row in the shard of some samples."""
-        columns = (column[rows.start : rows.stop].tolist() for column in (self.sets, self.shards, self.rows))
-        return zip(rows, *columns, strict=True)
-
-    def at(self, row: int) -> tuple[int, int, int, int, int]:
-        """Return set, shard, row in the shard, number and epoch of one sample."""
-        return (
-            int(self.sets[row]),
-            int(self.shards[row]),
-            int(self.rows[row]),
-            int(self.samples[row]),
-            int(self.epochs[row]),
-        )
+    def of(self, rows: range) -> Iterator[tuple[int, int, int, int, int, int]]:
+        """Yield row, set, shard, row in the shard, number and epoch of some samples."""
+        columns = (self.sets, self.shards, self.rows, self.samples, self.epochs)
+        return zip(rows, *(column[rows.start : rows.stop].tolist() for column in columns), strict=True)
 
 
 class _Filling:
@@ -450,15 +440,23 @@ class _Pieces:
     def looked_ahead(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
         """Yield the pieces, with those that follow asked of the remote folder beforehand."""
         waiting: deque[Piece] = deque()
-        for piece in pieces:
-            places = Places(self.source, *self.order.take(piece.epoch, piece.start, piece.stop))
-            for number, shards in enumerate(self.source.sets):
-                here = places.sets == number
-                shards.prefetch(zip(places.shards[here].tolist(), places.rows[here].tolist(), strict=True))
-            waiting.append(piece)
-            if len(waiting) > _LOOK_AHEAD:
-                yield waiting.popleft()
-        yield from waiting
+        pool = ThreadPoolExecutor(1, thread_name_prefix="paperscale-ahead")  # the indexes are fetched first
+        try:
+            for piece in pieces:
+                pool.submit(self._ask_for, piece)
+                waiting.append(piece)
+                if len(waiting) > _LOOK_AHEAD:
+                    yield waiting.popleft()
+            yield from waiting
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _ask_for(self, piece: Piece) -> None:
+        """Ask for a piece's samples; what goes wrong is said when they are read."""
+        places = Places(self.source, *self.order.take(piece.epoch, piece.start, piece.stop))
+        for number, shards in enumerate(self.source.sets):
+            here = places.sets == number
+            shards.prefetch(zip(places.shards[here].tolist(), places.rows[here].tolist(), strict=True))
 
 
 class _Training(_Filling):

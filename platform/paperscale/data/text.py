@@ -104,7 +104,7 @@ class TokenBlocks(ShardStream):
         sets = [self._tokens[shards] for shards in source.sets]
         firsts = [tokens.block_starts(self.length) for tokens in sets]
         whole = not (self.next_token or self.segments)
-        for row, of, shard, inside in places.of(rows):
+        for row, of, shard, inside, sample, _ in places.of(rows):
             start = firsts[of][shard] + inside * self.length
             try:
                 if whole:
@@ -114,7 +114,7 @@ class TokenBlocks(ShardStream):
             except SampleFault as fault:
                 if self.on_fault == "fail":
                     raise
-                skipped.append(Skipped(int(places.samples[row]), str(fault)))
+                skipped.append(Skipped(sample, str(fault)))
         return skipped
 
     def fill(
