@@ -27,11 +27,11 @@ import torch
 from numpy.typing import NDArray
 
 from paperscale.data.batching import Batches, TokenBatches
-from paperscale.data.faults import SampleFault, Skipped
+from paperscale.data.faults import Skipped
 from paperscale.data.order import Order
 from paperscale.data.shards import ShardSet
 from paperscale.data.stream import Batch, Places, ShardStream, Source
-from paperscale.data.tokens import TokenSet, TokenSets
+from paperscale.data.tokens import TokenSets
 from paperscale.errors import UserError
 
 _WINDOW = 1 << 25  # tokens
@@ -98,35 +98,15 @@ class TokenBlocks(ShardStream):
         return {name: torch.empty(count, self.length, dtype=torch.int64) for name in names}
 
     def fill_rows(self, source: Source, batch: Batch, rows: range, places: Places, train: bool) -> list[Skipped]:
-        """Copy blocks into the batch."""
-        skipped = []
-        views = {name: tensor.numpy() for name, tensor in batch.items()}
-        sets = [self._tokens[shards] for shards in source.sets]
-        firsts = [tokens.block_starts(self.length) for tokens in sets]
-        whole = not (self.next_token or self.segments)
-        for row, of, shard, inside, sample, _ in places.of(rows):
-            start = firsts[of][shard] + inside * self.length
-            try:
-                if whole:
-                    sets[of].copy_tokens(shard, start, views["tokens"][row])
-                else:
-                    self._fill(sets[of], views, row, shard, start)
-            except SampleFault as fault:
-                if self.on_fault == "fail":
-                    raise
-                skipped.append(Skipped(sample, str(fault)))
-        return skipped
+        """Fill some rows of the batch, through arrays: a tensor takes longer to index than a block to copy."""
+        return super().fill_rows(source, {k: tensor.numpy() for k, tensor in batch.items()}, rows, places, train)
 
     def fill(
         self, shards: ShardSet, batch: Batch, row: int, shard: int, row_in_shard: int, sample: int, epoch: int | None
     ) -> None:
-        """Copy one block into the batch."""
+        """Copy one block into the batch, given as arrays."""
         tokens = self._tokens[shards]
         start = tokens.block_starts(self.length)[shard] + row_in_shard * self.length
-        self._fill(tokens, {name: tensor.numpy() for name, tensor in batch.items()}, row, shard, start)
-
-    def _fill(self, tokens: TokenSet, batch: dict[str, NDArray[np.int64]], row: int, shard: int, start: int) -> None:
-        """Copy the block that begins at token ``start`` of a shard into row ``row``."""
         if not self.next_token:
             tokens.copy_tokens(shard, start, batch["tokens"][row])
         else:
@@ -224,14 +204,18 @@ class TokenDocuments(ShardStream):
             batch["label"] = torch.zeros(len(places), dtype=torch.int64)
         return batch
 
+    def fill_rows(self, source: Source, batch: Batch, rows: range, places: Places, train: bool) -> list[Skipped]:
+        """Fill some rows of the batch, through arrays: a tensor takes longer to index than a document to copy."""
+        return super().fill_rows(source, {k: tensor.numpy() for k, tensor in batch.items()}, rows, places, train)
+
     def fill(
         self, shards: ShardSet, batch: Batch, row: int, shard: int, row_in_shard: int, sample: int, epoch: int | None
     ) -> None:
-        """Copy one document into the batch."""
+        """Copy one document into the batch, given as arrays."""
         sentences, label = self._tokens[shards].document(shard, row_in_shard)
         for name, sentence in zip(self.fields, sentences, strict=True):
             size = min(len(sentence), batch[name].shape[1])
-            batch[name].numpy()[row, :size] = sentence[:size]
-            batch[f"{name}_length"].numpy()[row] = size
-        if "label" in batch:
-            batch["label"].numpy()[row] = label
+            batch[name][row, :size] = sentence[:size]
+            batch[f"{name}_length"][row] = size
+        if label is not None:
+            batch["label"][row] = label
