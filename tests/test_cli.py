@@ -60,7 +60,7 @@ def test_light_commands_do_not_import_torch():
         (["submit", "resnet20-mnist", "--cluster", "locale"], "no cluster profile 'locale'; did you mean 'local'?"),
         (["status", "nothing"], "no run 'nothing'"),
         (["runs", "--jsn"], "unrecognized arguments: --jsn; did you mean '--json'?"),
-        (["data", "prepare", "minst"], "no data set 'minst'; there are mnist, fashion-mnist; did you mean 'mnist'?"),
+        (["data", "prepare", "minst"], "`paperscale data prepare --list` shows what there is; did you mean 'mnist'?"),
         (["data", "info", "/nowhere"], "no shards at /nowhere: the folder does not exist"),
         (["drill", "x", "earthquake"], "invalid choice: 'earthquake'"),
     ],

@@ -209,9 +209,25 @@ def _add_others(add: Callable[[str, Command, str], Parser]) -> None:
     data = add("data", lambda _: FAILED, "prepare and check shards")
     actions = data.add_subparsers(title="actions", metavar="ACTION", required=True, parser_class=Parser)
     prepare = actions.add_parser("prepare", help="fetch a data set and write its shards", allow_abbrev=False)
-    dataset = prepare.add_argument("dataset", metavar="NAME", help="mnist or fashion-mnist")
-    dataset.completer = lambda prefix, **_: ["mnist", "fashion-mnist"]  # type: ignore[attr-defined]
+    dataset = prepare.add_argument("dataset", metavar="NAME", nargs="?", help="for example mnist; see --list")
+    dataset.completer = _complete_datasets  # type: ignore[attr-defined]
+    prepare.add_argument("--list", action="store_true", help="show what there is")
     prepare.add_argument("--out", type=Path, help="folder of the set (default: data/NAME)")
+    prepare.add_argument(
+        "--source",
+        action="append",
+        type=Path,
+        metavar="PATH",
+        default=[],
+        help="the set's official files, where they cannot be fetched; may be given several times",
+    )
+    prepare.add_argument(
+        "--tokenizer",
+        metavar="KIND",
+        help="bpe, shared-bpe, wordpiece, wordpiece-cased, words, bytes or a tokenizer.json",
+    )
+    prepare.add_argument("--vocab-size", type=_positive, metavar="N", help="tokens of a tokenizer that is trained")
+    prepare.add_argument("--shard-mb", type=_positive, metavar="MB", default=128, help="size of a shard (default 128)")
     prepare.set_defaults(run=run_prepare)
     _add_data_actions(actions)
     doctor = add("doctor", run_doctor, "check this machine and its cluster, each finding with its fix")
@@ -265,6 +281,12 @@ def _add_data_actions(actions: Any) -> None:
     show.add_argument("--start", type=int, default=0, help="first sample")
     show.add_argument("--seed", type=int, help="in the order of the first epoch of this seed, instead of as written")
     show.add_argument("--out", type=Path, help="file of the contact sheet (default: NAME-SPLIT.png)")
+
+
+def _complete_datasets(prefix: str, **_: Any) -> list[str]:
+    from paperscale.data.prepare import DATASETS
+
+    return list(DATASETS)
 
 
 def _complete_recipes(prefix: str, **_: Any) -> list[str]:
@@ -505,12 +527,40 @@ def run_recipes(args: argparse.Namespace) -> int:
 
 def run_prepare(args: argparse.Namespace) -> int:
     """Prepare a data set."""
-    from paperscale.data.prepare import prepare
+    from paperscale.data.prepare import describe, prepare
 
+    if args.list:
+        _print_datasets(describe())
+        return FINISHED
+    if args.dataset is None:
+        raise UserError("name a data set; `paperscale data prepare --list` shows what there is")
     out = args.out or Path("data") / args.dataset
-    manifest = prepare(args.dataset, out, _console())
+    manifest = prepare(
+        args.dataset,
+        out,
+        _console(),
+        source=args.source,
+        tokenizer=args.tokenizer,
+        vocab_size=args.vocab_size,
+        shard_mb=args.shard_mb,
+    )
     print(f"{out} holds {_splits(manifest)}")
     return FINISHED
+
+
+def _print_datasets(rows: list[Any]) -> None:
+    """Print what can be prepared: what is fetched first, then what needs the user's files."""
+    from rich.table import Table
+
+    fetched = [row for row in rows if not row.source or row.source.startswith("or ")]
+    console = _console()
+    for title, some in (("Fetched", fetched), ("From official files, --source", [r for r in rows if r not in fetched])):
+        table = Table("name", "what", "size", title=title, title_justify="left", box=None, pad_edge=False)
+        for row in some:
+            table.add_row(
+                row.name, row.what + (f" [dim]--source {row.source}[/]" if row not in fetched else ""), row.size
+            )
+        console.print(table, "")
 
 
 def run_index(args: argparse.Namespace) -> int:

@@ -52,7 +52,9 @@ def tiny_dataset(server, monkeypatch):
     monkeypatch.setattr(images, "HELD_OUT", 1900)
     download = Download("Tiny", files, (source,))
     digits = tuple("0123456789")
-    monkeypatch.setitem(DATASETS, "tiny", Dataset("Tiny", "", "none", images.write_idx, (download,), classes=digits))
+    monkeypatch.setitem(
+        DATASETS, "tiny", Dataset("Tiny", "", "", "none", images.write_idx, (download,), classes=digits)
+    )
 
 
 def test_prepare_writes_verified_splits(tiny_dataset, tmp_path):
@@ -133,7 +135,7 @@ def test_an_option_that_means_nothing_to_a_set_is_refused_before_anything_is_fet
 def test_every_set_says_what_it_is():
     rows = describe()
     assert [row.name for row in rows] == list(DATASETS)
-    assert all(row.what and row.licence for row in rows)
+    assert all(row.what and row.size and row.licence for row in rows)
     assert all(row.source for row in rows if not DATASETS[row.name].fetched)
 
 
