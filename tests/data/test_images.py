@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import pickle
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from conftest import SIZES, image_of
-from paperscale.data import ImageShards
+from paperscale.data import ImageShards, augment, jpeg
+from paperscale.data.augment import Draws
+from paperscale.data.images import Memory
+from paperscale.data.writer import ShardWriter
 from paperscale.errors import UserError
 
 
@@ -133,6 +140,216 @@ def test_more_processes_than_samples_in_a_batch(tiny_shards):
 
 def test_an_error_in_a_thread_reaches_the_training(own_shards):
     tar = own_shards / "train-000002.tar"
-    tar.write_bytes(tar.read_bytes()[:-600])
+    tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
     with pytest.raises(UserError, match=r"train-000002\.tar"):
         batches(module(own_shards, num_threads=2))
+
+
+# -- photos: files of many sizes and formats ---------------------------------------------------------------------------
+
+PHOTOS = 24
+
+
+FORMATS = {"train": ("jpeg", "jpg"), "val": ("png", "png"), "test": ("webp", "webp"), "cut": ("jpeg", "jpeg")}
+
+
+def photo_sample(of: tuple[str, int]) -> dict:
+    split, number = of
+    rng = np.random.default_rng(number)
+    height, width = 60 + number, 100 - number
+    small = Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8))
+    image = small.resize((width, height), Image.BICUBIC)
+    kind, field = FORMATS[split]
+    file = io.BytesIO()
+    (image.convert("L") if number % 5 == 0 else image).save(file, kind)
+    return {"__key__": f"{number:04d}", field: file.getvalue(), "cls": str(number % 3).encode(), "txt": b"a photo"}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    with ShardWriter(folder, "photos", shard_samples=7, num_processes=0, image={"channels": 3}) as writer:
+        for split in ("train", "val", "test"):
+            writer.write(split, [(split, number) for number in range(PHOTOS)], photo_sample)
+    return folder
+
+
+def content_of(number: int, split: str = "train") -> bytes:
+    return photo_sample((split, number))[FORMATS[split][1]]
+
+
+def pictures(loader) -> dict[int, np.ndarray]:
+    """Each sample's image, channels last."""
+    found = {}
+    for batch in loader:
+        found |= dict(zip(batch["sample"].tolist(), batch["image"].movedim(-3, -1).numpy(), strict=True))
+    return found
+
+
+def photo_module(path, **options) -> ImageShards:
+    return module(path, **{"global_batch_size": 5, "crop_padding": 0, "size": 32, "resize": 40, **options})
+
+
+def test_random_resized_crops_are_the_drawn_box_of_the_photo_resized(photos):
+    data = photo_module(photos, crop="random_resized", flip=True)
+    found = pictures(data.train_dataloader())
+    assert sorted(found) == list(range(PHOTOS))
+    for number, image in found.items():
+        content, draws = content_of(number), Draws(5, 0, number)
+        expected = np.empty((32, 32, 3), np.uint8)
+        box = augment.random_resized_crop(draws, *jpeg.size(content))
+        jpeg.decode_into(content, expected, box, draws(augment.FLIP) < 0.5)
+        assert np.array_equal(image, expected)
+
+
+@pytest.mark.parametrize("crop", ["random_resized", "scale_jitter", "center", "none", "pad"])
+def test_photos_do_not_depend_on_threads_ranks_or_batches(photos, crop):
+    options = {"crop": crop, "jitter": (36, 50), "flip": True, "color_jitter": "pca", "crop_padding": 3}
+
+    def first_epoch(*ranks, **others):
+        found = {}
+        for rank in range(*ranks):
+            for batch in photo_module(photos, **options, **others, **where(rank, *ranks)).train_dataloader():
+                rows = zip(batch["sample"].tolist(), batch["image"], batch["shift"], strict=True)
+                found |= {sample: (image.tolist(), shift.tolist()) for sample, image, shift in rows}
+        return found
+
+    def where(rank, world_size):
+        return {"rank": rank, "world_size": world_size}
+
+    assert first_epoch(1, num_threads=0) == first_epoch(1, num_threads=4) == first_epoch(2, global_batch_size=12)
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_the_central_crop_is_that_of_the_resized_photo(photos, split):
+    found = pictures(photo_module(photos, eval_crop="center", val=split).val_dataloader())
+    for number, image in found.items():
+        photo = Image.open(io.BytesIO(content_of(number, split))).convert("RGB")
+        height, width = augment.shorter_side(photo.height, photo.width, 40)
+        top, left = round((height - 32) / 2), round((width - 32) / 2)
+        expected = np.asarray(photo.resize((width, height), Image.BILINEAR))[top : top + 32, left : left + 32]
+        assert np.abs(image.astype(int) - expected).max() <= 1
+
+
+def test_ten_crops_are_corners_and_centre_and_their_mirror_images(photos):
+    batch = next(iter(photo_module(photos, eval_crop="ten", eval_batch_size=6).val_dataloader()))
+    assert batch["image"].shape == (6, 10, 3, 32, 32)
+    for number, views in zip(batch["sample"].tolist(), batch["image"].movedim(-3, -1).numpy(), strict=True):
+        content = content_of(number, "val")
+        resized = np.empty((*augment.shorter_side(*jpeg.size(content), 40), 3), np.uint8)
+        jpeg.decode_into(content, resized)
+        corners = [resized[:32, :32], resized[:32, -32:], resized[-32:, :32], resized[-32:, -32:]]
+        for view, corner in zip(views, corners, strict=False):
+            assert np.array_equal(view, corner)
+        assert np.array_equal(views[5:], views[:5, :, ::-1])
+    central = pictures(photo_module(photos, eval_crop="center").val_dataloader())
+    assert np.abs(views[4].astype(int) - central[number]).max() <= 1
+    normalised = photo_module(photos).on_after_batch_transfer(batch, 0)["image"]
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    expected = (batch["image"].movedim(-3, -1) / 255 - mean) / std
+    assert torch.allclose(normalised.movedim(-3, -1), expected, atol=1e-5)
+
+
+def test_dense_evaluation_gives_whole_photos_at_every_scale(photos):
+    data = photo_module(photos, eval_crop="dense", scales=(24, 48), eval_batch_size=5)
+    numbers = []
+    for batch in data.val_dataloader():
+        ready = data.on_after_batch_transfer(batch, 0)
+        for number, views in zip(batch["sample"].tolist(), ready["image"], strict=True):
+            sizes = [augment.shorter_side(*jpeg.size(content_of(number)), side) for side in (24, 48)]
+            assert [tuple(view.shape) for view in views] == [(1, 3, *size) for size in sizes]
+            assert all(view.dtype == torch.float32 for view in views)
+            numbers.append(number)
+    assert numbers == list(range(PHOTOS))
+
+
+def test_colour_shifts_are_added_on_the_device_before_normalisation_and_not_clipped(photos):
+    data = photo_module(photos, crop="none", color_jitter="pca")
+    batch = next(iter(data.train_dataloader()))
+    plain = data.on_after_batch_transfer({**batch, "shift": torch.zeros_like(batch["shift"])}, 0)["image"]
+    shifted = data.on_after_batch_transfer(batch, 0)
+    std = torch.tensor([0.229, 0.224, 0.225])
+    assert "shift" not in shifted
+    for number, shift, difference in zip(
+        batch["sample"].tolist(), batch["shift"], shifted["image"] - plain, strict=True
+    ):
+        expected = torch.tensor(augment.pca_shift(Draws(5, 0, number)))
+        assert torch.allclose(shift, expected)
+        assert torch.allclose(difference, (expected / 255 / std)[:, None, None].expand_as(difference), atol=1e-5)
+
+
+def test_batches_lie_in_memory_channels_last(photos):
+    data = photo_module(photos, crop="random_resized", eval_crop="center")
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        batch = next(iter(loader))
+        assert batch["image"].is_contiguous(memory_format=torch.channels_last)
+        image = data.on_after_batch_transfer(batch, 0)["image"]
+        assert image.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_memory_is_used_again_only_once_nothing_refers_to_it():
+    memory = Memory()
+    first = memory.take((4, 8, 8, 3))
+    view = first.movedim(-1, -3)[1:]
+    address = first.data_ptr()
+    assert memory.take((4, 8, 8, 3)).data_ptr() != address
+    del first
+    assert memory.take((4, 8, 8, 3)).data_ptr() != address, "a view still refers to it"
+    del view
+    held = [memory.take((4, 8, 8, 3)) for _ in range(3)]
+    assert address in [tensor.data_ptr() for tensor in held]
+    assert len({tensor.data_ptr() for tensor in held}) == 3
+    del held
+    memory.take((2, 8, 8, 3))
+    assert len(memory._blocks) == 1, "blocks of another size are given up"
+    assert pickle.loads(pickle.dumps(memory))._blocks == []
+
+
+@pytest.mark.parametrize("eval_crop", ["center", "dense"])
+def test_a_photo_that_does_not_decode_is_named_or_left_out(photos, tmp_path, eval_crop, capsys):
+    with ShardWriter(tmp_path, "cut", shard_samples=7, num_processes=0, image={"channels": 3}) as writer:
+        for split in ("train", "val"):
+            writer.write(split, [("cut", number) for number in range(PHOTOS)], cut_sample)
+    with pytest.raises(UserError, match=r"train-.*\.tar: sample '0004'.* does not decode: "):
+        batches(photo_module(tmp_path, crop="center"))
+    data = photo_module(tmp_path, crop="center", eval_crop=eval_crop, on_fault="skip")
+    found = batches(data)
+    assert sorted(torch.cat([batch["sample"] for batch in found]).tolist()) == [n for n in range(PHOTOS) if n != 4]
+    assert all(batch["image"].is_contiguous(memory_format=torch.channels_last) for batch in found)
+    (batch,) = data.val_dataloader()
+    assert len(batch["image"]) == len(batch["label"]) == PHOTOS - 1
+    assert "left out of the evaluation" in capsys.readouterr().err
+
+
+def cut_sample(of: tuple[str, int]) -> dict:
+    sample = photo_sample(of)
+    return {**sample, "jpeg": sample["jpeg"][:-600]} if of[1] == 4 else sample
+
+
+def test_labels_may_be_of_another_field_or_absent(photos):
+    batch = next(iter(photo_module(photos, label=None).train_dataloader()))
+    assert "label" not in batch
+    with pytest.raises(UserError, match=r"no field with the label 'fine', only \['jpg'\]"):
+        batches(photo_module(photos, label="fine"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"crop": "random_resize"}, "choose pad, random_resized.*did you mean 'random_resized'"),
+        ({"eval_crop": "tenn"}, "did you mean 'ten'"),
+        ({"color_jitter": "hue"}, "data.color_jitter=hue: choose pca"),
+        ({"max_reduction": 3}, "data.max_reduction=3: choose 1, 2, 4, 8"),
+        ({"crop": "scale_jitter", "jitter": (20, 50)}, "data.size=32 or more: raise it"),
+        ({"eval_crop": "center", "resize": 30}, "raise data.resize"),
+        ({"crop": "random_resized", "size": None}, "data.crop=random_resized needs a size: set data.size"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(photos, options, message):
+    with pytest.raises(UserError, match=message):
+        photo_module(photos, **options)
+
+
+def test_images_of_many_sizes_need_a_size(photos):
+    with pytest.raises(UserError, match=r"differ in size: set data.size"):
+        batches(photo_module(photos, size=None))

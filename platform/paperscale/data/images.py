@@ -1,8 +1,8 @@
-"""``ImageShards``: labelled images from shards, for classification.
+"""``ImageShards``: labelled images from shards, for classification and generation.
 
 Batches are dictionaries::
 
-    image   uint8 [batch, channels, height, width]; float32, normalised, once on the device
+    image   uint8 [batch, channels, height, width], in channels-last memory; float32, normalised, once on the device
     label   int64 [batch]
     sample  int64 [batch], the sample's number in its split
     cursor  where the stream stands (training only), see :class:`~paperscale.data.stream.Cursor`
@@ -10,80 +10,284 @@ Batches are dictionaries::
 
 from __future__ import annotations
 
-import io
+import sys
+from collections.abc import Sequence
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
-from paperscale.data.order import SampleOrder
-from paperscale.data.random import uniform
+from paperscale.data import augment, jpeg
+from paperscale.data.augment import Box, Draws
+from paperscale.data.files import Buffer
 from paperscale.data.shards import ShardSet
 from paperscale.data.stream import Batch, ShardStream
+from paperscale.errors import UserError, nearest
 
-_CROP_Y, _CROP_X, _FLIP = 0, 1, 2  # the draws of a sample's augmentation
+FIELDS = ("jpg", "jpeg", "png", "webp")
+"""Where an image may be, in the order of preference."""
+
+_CROPS = ("pad", "random_resized", "scale_jitter", "center", "none")
+_EVAL_CROPS = ("none", "center", "ten", "dense")
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 class ImageShards(ShardStream):
-    """Labelled images: fields ``png`` and ``cls``.
+    """Labelled images: a field ``jpg``, ``jpeg``, ``png`` or ``webp``, and ``cls``, the label in decimal digits.
+
+    Images become float32 on the device, normalised by the manifest's mean and deviation of the training split; by
+    ImageNet's (0.485, 0.456, 0.406 and 0.229, 0.224, 0.225) where the manifest has none.
 
     Args:
         path: the set, as written by ``paperscale data prepare``.
         global_batch_size: samples of one optimizer step over all ranks.
-        crop_padding: training images are padded by this many zeros on each side and cropped at a random
+        crop_padding: with ``crop=pad``: images are padded by this many zeros on each side and cropped at a random
             place back to their size (He et al. 2015, section 4.2: 4).
         flip: training images are mirrored with probability one half.
+        crop: what is done to training images. ``pad``: see ``crop_padding``. ``random_resized``: a random box, see
+            ``scale`` and ``ratio``, is resized (Szegedy et al. 2014). ``scale_jitter``: resized to a random shorter
+            side, see ``jitter``, and cropped at a random place (Simonyan & Zisserman 2014). ``center``: as in
+            evaluation. ``none``: resized as a whole, where the size differs.
+        size: height and width of the images; by default the manifest's.
+        scale: least and greatest share of the area, with ``random_resized``.
+        ratio: least and greatest width over height, with ``random_resized``.
+        jitter: least and greatest shorter side, with ``scale_jitter``.
+        color_jitter: ``pca`` shifts training images' colours along the principal components of ImageNet's
+            (Krizhevsky et al. 2012, section 4.1).
+        eval_crop: what is done to images in validation and test. ``none``: as above. ``center``: resized to a
+            shorter side of ``resize``, the central ``size`` x ``size`` taken. ``ten``: corners and centre, each also
+            mirrored: ``image`` is [batch, 10, channels, height, width]. ``dense``: whole, at each of ``scales``:
+            ``image`` is a list over samples of lists over scales of [1, channels, height, width].
+        resize: shorter side for ``center`` and ``ten``.
+        scales: shorter sides for ``dense`` (He et al. 2015, section 3.4).
+        max_reduction: JPEGs may first be reduced by up to 2, 4 or 8 in their decoder while that keeps them larger
+            than what is wanted: faster on large photos, at a mean difference of about a level.
+        label: field of the label; ``null`` for sets without.
         stream: the further arguments of :class:`~paperscale.data.stream.ShardStream`.
+
+    Raises:
+        UserError: an argument is not one of its choices or does not go with the others.
     """
 
     def __init__(
-        self, path: str, global_batch_size: int = 128, crop_padding: int = 0, flip: bool = False, **stream: Any
+        self,
+        path: str | list[str],
+        global_batch_size: int = 128,
+        crop_padding: int = 0,
+        flip: bool = False,
+        crop: str = "pad",
+        size: int | None = None,
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        jitter: tuple[int, int] = (256, 480),
+        color_jitter: str | None = None,
+        eval_crop: str = "none",
+        resize: int = 256,
+        scales: Sequence[int] = augment.MULTI_SCALE,
+        max_reduction: int = 1,
+        label: str | None = "cls",
+        **stream: Any,
     ):
         super().__init__(path, global_batch_size, **stream)
-        self.crop_padding, self.flip = crop_padding, flip
+        _choose("crop", crop, _CROPS)
+        _choose("eval_crop", eval_crop, _EVAL_CROPS)
+        _choose("color_jitter", color_jitter or "pca", ("pca",))
+        _choose("max_reduction", str(max_reduction), ("1", "2", "4", "8"))
+        self.crop_padding, self.flip, self.crop, self.size = crop_padding, flip, crop, size
+        self.scale, self.ratio, self.jitter, self.color_jitter = scale, ratio, jitter, color_jitter
+        self.eval_crop, self.resize, self.scales = eval_crop, resize, tuple(scales)
+        self.max_reduction, self.label = max_reduction, label
+        self._refuse_sizes()
+        self._shape: tuple[int, int, int] | None = None
         self._statistics: tuple[Tensor, Tensor] | None = None
+        self._memory = Memory(pinned=torch.cuda.is_available() and not self.workers.processes)
 
-    def read(self, shards: ShardSet, order: SampleOrder, samples: NDArray[np.int64], epoch: int | None) -> Batch:
-        """Return the batch of the given samples, cropped and mirrored if ``epoch`` is given."""
-        rows = [shards.read(int(s), int(r)) for s, r in zip(*order.locate(samples), strict=True)]
-        images = np.stack([decode(row["png"]) for row in rows])  # [batch, height, width, channels]
-        if epoch is not None:
-            images = self._augment(images, epoch, samples)
-        return {
-            "image": torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))),
-            "label": torch.tensor([int(row["cls"]) for row in rows]),
-            "sample": torch.from_numpy(samples),
-        }
+    def _refuse_sizes(self) -> None:
+        """Refuse what cannot be cropped."""
+        if self.size is None:
+            for name, crop in (("crop", self.crop), ("eval_crop", self.eval_crop)):
+                if crop not in ("pad", "none", "dense"):
+                    raise UserError(f"data.{name}={crop} needs a size: set data.size, for example data.size=224")
+            return
+        if self.crop == "scale_jitter" and not self.size <= self.jitter[0] <= self.jitter[1]:
+            raise UserError(f"data.jitter={self.jitter} must rise from data.size={self.size} or more: raise it")
+        if ("center" in (self.crop, self.eval_crop) or self.eval_crop == "ten") and self.resize < self.size:
+            raise UserError(f"data.resize={self.resize} is less than data.size={self.size}: raise data.resize")
 
-    def _augment(self, images: NDArray[np.uint8], epoch: int, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Crop and mirror each image as (seed, epoch, sample) says."""
-        if self.flip:
-            mirrored = uniform(self.seed, epoch, samples, _FLIP) < 0.5
-            images = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
-        if pad := self.crop_padding:
-            height, width = images.shape[1:3]
-            padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-            top = (uniform(self.seed, epoch, samples, _CROP_Y) * (2 * pad + 1)).astype(int)
-            left = (uniform(self.seed, epoch, samples, _CROP_X) * (2 * pad + 1)).astype(int)
-            crops = zip(padded, top, left, strict=True)
-            images = np.stack([image[y : y + height, x : x + width] for image, y, x in crops])
-        return images
+    def image_shape(self) -> tuple[int, int, int]:
+        """Return height, width and channels of the images.
+
+        Raises:
+            UserError: neither ``size`` nor the manifest tells them.
+        """
+        if self._shape is None:
+            facts = self.shards("train").manifest.image
+            height, width = (self.size or facts.get(side) for side in ("height", "width"))
+            if not height or not width:
+                raise UserError(
+                    f"the images of {self.paths[0]} differ in size: set data.size, for example data.size=224"
+                )
+            self._shape = (int(height), int(width), int(facts.get("channels", 3)))
+        return self._shape
+
+    def allocate(self, count: int, train: bool) -> Batch:
+        """Return tensors for a batch of ``count`` samples."""
+        batch: Batch = {} if self.label is None else {"label": torch.empty(count, dtype=torch.int64)}
+        if train and self.color_jitter:
+            batch["shift"] = torch.empty(count, 3)
+        if not train and self.eval_crop == "dense":
+            return {**batch, "image": Ragged([] for _ in range(count))}
+        views = (10,) if not train and self.eval_crop == "ten" else ()
+        return {**batch, "image": self._memory.take((count, *views, *self.image_shape())).movedim(-1, -3)}
+
+    def fill(
+        self, shards: ShardSet, batch: Batch, row: int, shard: int, row_in_shard: int, sample: int, epoch: int | None
+    ) -> None:
+        """Read, decode and augment one sample."""
+        members = shards.read(shard, row_in_shard, FIELDS if self.label is None else (*FIELDS, self.label))
+        content = next((members[field] for field in FIELDS if field in members), None)
+        if content is None or (self.label is not None and self.label not in members):
+            wanted = "an image" if content is None else f"the label '{self.label}'"
+            raise ValueError(f"it has no field with {wanted}, only {sorted(members)}")
+        if self.label is not None:
+            batch["label"][row] = int(bytes(members[self.label]))
+        if epoch is None and self.eval_crop == "dense":
+            batch["image"][row] = self._dense(content)
+            return
+        pixels = batch["image"].movedim(-3, -1).numpy()[row]
+        if epoch is None:
+            self._evaluation(content, pixels)
+        else:
+            self._training(content, pixels, batch, row, Draws(self.seed, epoch, sample))
+
+    def _training(self, content: Buffer, out: NDArray[np.uint8], batch: Batch, row: int, draws: Draws) -> None:
+        flip = self.flip and draws(augment.FLIP) < 0.5
+        if self.color_jitter:
+            batch["shift"][row] = torch.tensor(augment.pca_shift(draws))
+        if self.crop == "pad" and self.crop_padding:
+            image = np.empty_like(out)
+            jpeg.decode_into(content, image, None, flip, self.max_reduction)
+            pad = self.crop_padding
+            top, left = (draws.integer(number, 2 * pad + 1) for number in (augment.CROP_Y, augment.CROP_X))
+            pad_and_crop(image, out, top - pad, left - pad)
+        else:
+            jpeg.decode_into(content, out, self._training_box(content, draws), flip, self.max_reduction)
+
+    def _training_box(self, content: Buffer, draws: Draws) -> Box | None:
+        if self.crop == "random_resized":
+            return augment.random_resized_crop(draws, *jpeg.size(content), self.scale, self.ratio)
+        if self.size is not None and self.crop == "scale_jitter":
+            return augment.scale_jitter(draws, *jpeg.size(content), self.jitter, self.size)
+        if self.size is not None and self.crop == "center":
+            return augment.center_crop(*jpeg.size(content), self.resize, self.size)
+        return None
+
+    def _evaluation(self, content: Buffer, out: NDArray[np.uint8]) -> None:
+        if self.size is None or self.eval_crop == "none":
+            jpeg.decode_into(content, out, None, False, self.max_reduction)
+        elif self.eval_crop == "center":
+            box = augment.center_crop(*jpeg.size(content), self.resize, self.size)
+            jpeg.decode_into(content, out, box, False, self.max_reduction)
+        else:
+            resized = np.empty((*augment.shorter_side(*jpeg.size(content), self.resize), out.shape[-1]), np.uint8)
+            jpeg.decode_into(content, resized, None, False, self.max_reduction)
+            for number, (top, left) in enumerate(augment.five_places(*resized.shape[:2], self.size)):
+                out[number] = resized[top : top + self.size, left : left + self.size]
+            out[5:] = out[:5, :, ::-1]
+
+    def _dense(self, content: Buffer) -> list[Tensor]:
+        channels = int(self.shards("train").manifest.image.get("channels", 3))
+        views = []
+        for side in self.scales:
+            out = np.empty((*augment.shorter_side(*jpeg.size(content), side), channels), np.uint8)
+            jpeg.decode_into(content, out, None, False, self.max_reduction)
+            views.append(torch.from_numpy(out)[None].movedim(-1, -3))
+        return views
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Turn uint8 images into normalised float32 on the device, by the train split's mean and deviation."""
-        image: Tensor = batch["image"]
+        """Turn uint8 images into normalised float32 on the device, their colours shifted where that was drawn."""
+        batch = dict(batch)
+        images, shift = batch["image"], batch.pop("shift", None)
+        if isinstance(images, Ragged):
+            return {**batch, "image": Ragged([self._normalised(view) for view in views] for views in images)}
+        return {**batch, "image": self._normalised(images, shift)}
+
+    def _normalised(self, image: Tensor, shift: Tensor | None = None) -> Tensor:
         if self._statistics is None or self._statistics[0].device != image.device:
-            facts = self.shards("train").manifest.image
-            mean, std = (255 * torch.tensor(facts[name]).view(1, -1, 1, 1).to(image.device) for name in ("mean", "std"))
+            facts, channels = self.shards("train").manifest.image, image.shape[-3]
+            values = [facts.get(name) or _of_imagenet(name, channels) for name in ("mean", "std")]
+            mean, std = (255 * torch.tensor(value).view(-1, 1, 1).to(image.device) for value in values)
             self._statistics = (mean, std)
         mean, std = self._statistics
-        return {**batch, "image": (image.float() - mean) / std}
+        pixels = image.float()
+        if shift is not None:
+            pixels += shift[:, : pixels.shape[1], None, None]
+        return (pixels - mean) / std
 
 
-def decode(png: bytes) -> NDArray[np.uint8]:
-    """Decode an image file to uint8 [height, width, channels]."""
-    pixels = np.asarray(Image.open(io.BytesIO(png)))
-    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+class Memory:
+    """Memory of batches, used again once nothing refers to it.
+
+    Fresh memory costs as much as a tenth of decoding: the kernel clears each page of it at the first touch.
+
+    Args:
+        pinned: take page-locked memory, from which the device copies by itself; torch keeps a cache of that.
+    """
+
+    def __init__(self, pinned: bool = False):
+        self.pinned = pinned
+        self._blocks: list[NDArray[np.uint8]] = []
+        self._lock = Lock()
+
+    def __reduce__(self) -> tuple[type[Memory], tuple[bool]]:  # worker processes have their own
+        return Memory, (self.pinned,)
+
+    def take(self, shape: tuple[int, ...]) -> Tensor:
+        """Return an uninitialised uint8 tensor."""
+        if self.pinned:
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        with self._lock:
+            free = [at for at in range(len(self._blocks)) if sys.getrefcount(self._blocks[at]) == _UNUSED]
+            for at in free:
+                if self._blocks[at].shape == shape:
+                    return torch.from_numpy(self._blocks[at])
+            for at in reversed(free):
+                del self._blocks[at]
+            self._blocks.append(np.empty(shape, np.uint8))
+            return torch.from_numpy(self._blocks[-1])
+
+
+_UNUSED = 2  # references to a block that no tensor has: the list's, and that of the call that counts
+
+
+class Ragged(list[Any]):
+    """Images of different sizes, a list of views for each sample; chosen from as a tensor's rows are."""
+
+    def __getitem__(self, which: Any) -> Any:
+        """Return the views of one sample, or of those that a tensor of numbers chooses."""
+        if isinstance(which, Tensor):
+            return Ragged(list.__getitem__(self, row) for row in which.tolist())
+        return super().__getitem__(which)
+
+
+def pad_and_crop(image: NDArray[np.uint8], out: NDArray[np.uint8], top: int, left: int) -> None:
+    """Crop ``image`` at ``top`` and ``left``, which may be negative, to ``out``, zeros around it; both [h, w, c]."""
+    height, width = image.shape[:2]
+    out[...] = 0
+    out[max(0, -top) : height - max(0, top), max(0, -left) : width - max(0, left)] = image[
+        max(0, top) : height + min(0, top), max(0, left) : width + min(0, left)
+    ]
+
+
+def _of_imagenet(name: str, channels: int) -> tuple[float, ...]:
+    """Return ImageNet's mean or deviation of each channel; of grey images, the three's average."""
+    values = _IMAGENET[name]
+    return values if channels == 3 else (sum(values) / 3,)
+
+
+def _choose(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UserError(f"data.{name}={value}: choose {', '.join(choices)}{nearest(value, choices)}")
