@@ -41,6 +41,7 @@ def checks(cluster: str | None, data: Path | None = None) -> Iterator[Check]:
     yield from _packages()
     yield _file_system(Path.cwd())
     yield _disk(Path.cwd())
+    yield _images()
     yield _tracking()
     yield from _slurm(cluster)
     if data is not None:
@@ -83,6 +84,15 @@ def _disk(folder: Path) -> Check:
     free = shutil.disk_usage(folder).free
     level = "OK" if free > 5 << 30 else "WARN" if free > 500 << 20 else "FAIL"
     return Check(level, "disk space", f"{free / 2**30:.1f} GB free", "" if level == "OK" else "free some space")
+
+
+def _images() -> Check:
+    from paperscale.data.jpeg import backend
+
+    found = backend()
+    if found == "native":
+        return Check("OK", "images", "JPEGs are decoded by the C library, only what a crop needs")
+    return Check("WARN", "images", f"decoded by {found}, at half the speed", "install a C compiler (gcc or clang)")
 
 
 def _tracking() -> Check:

@@ -95,8 +95,8 @@ def read_manifest(folder: str | Path | Folder) -> Manifest:
     try:
         raw = json.loads(bytes(folder.read_file(MANIFEST)))
         if raw["version"] != VERSION:
-            raise ValueError(
-                f"version {raw['version']}, this program reads {VERSION}: make it anew with "
+            raise UserError(
+                f"{path}: version {raw['version']}, this release reads {VERSION}; make it anew with "
                 f"`paperscale data index {folder}`"
             )
         splits = {name: [Shard(**shard) for shard in shards] for name, shards in raw.pop("splits").items()}
