@@ -33,7 +33,7 @@ def pair(number: int) -> Document:
 @pytest.fixture(scope="module")
 def articles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("articles")
-    with ShardWriter(folder, "articles", shard_bytes=300_000) as writer:
+    with ShardWriter(folder, "articles", shard_bytes=300_000, num_processes=0) as writer:
         write_tokens(writer, "train", range(1200), article, 5000)
         write_tokens(writer, "val", range(100), article, 5000)
     return folder
@@ -42,7 +42,7 @@ def articles(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pairs")
-    with ShardWriter(folder, "pairs", shard_bytes=200_000) as writer:
+    with ShardWriter(folder, "pairs", shard_bytes=200_000, num_processes=0) as writer:
         write_tokens(writer, "train", range(6000), pair, 300)
         write_tokens(writer, "val", range(101), pair, 300)
     return folder
