@@ -230,6 +230,7 @@ def _add_others(add: Callable[[str, Command, str], Parser]) -> None:
     prepare.add_argument("--shard-mb", type=_positive, metavar="MB", default=128, help="size of a shard (default 128)")
     prepare.set_defaults(run=run_prepare)
     _add_data_actions(actions)
+    _add_bench(add("bench", lambda _: FAILED, "measure Paperscale beside its peers"))
     doctor = add("doctor", run_doctor, "check this machine and its cluster, each finding with its fix")
     doctor.add_argument("--cluster", help="profile that must work").completer = _complete_clusters  # type: ignore[attr-defined]
     doctor.add_argument("--data", type=Path, help="set of shards to verify")
@@ -242,6 +243,19 @@ def _add_others(add: Callable[[str, Command, str], Parser]) -> None:
         'print the shell\'s completion script: eval "$(paperscale completion bash)"',
     )
     completion.add_argument("shell", choices=["bash", "zsh", "fish"])
+
+
+def _add_bench(bench: Parser) -> None:
+    actions = bench.add_subparsers(title="benchmarks", metavar="WHAT", required=True, parser_class=Parser)
+    data = actions.add_parser("data", help="data loaders, all on the same samples", allow_abbrev=False)
+    data.add_argument("--setup", action="store_true", help="install the peers first, in environments of their own")
+    data.add_argument("--only", metavar="WORK,...", help="some of the works, for example raw,tokens,decode")
+    data.add_argument("--peers", metavar="PEER,...", help="some of the peers, for example ours,folder,webdataset")
+    data.add_argument("--rounds", type=_positive, default=5, help="rounds of every measurement (default 5)")
+    data.add_argument("--quick", action="store_true", help="little data, one short round: does it work?")
+    data.add_argument("--json", action="store_true", help="print the results as JSON instead of tables")
+    data.add_argument("--out", type=Path, metavar="DIR", help="write data.md and data.json there")
+    data.set_defaults(run=run_bench_data)
 
 
 def _add_data_actions(actions: Any) -> None:
@@ -660,6 +674,13 @@ def _splits(manifest: Any) -> str:
     return (
         ", ".join(f"{name} {sum(s.samples for s in shards):,}" for name, shards in manifest.splits.items()) + " samples"
     )
+
+
+def run_bench_data(args: argparse.Namespace) -> int:
+    """Measure the data loaders."""
+    from paperscale.bench.run import run
+
+    return run(args)
 
 
 def run_doctor(args: argparse.Namespace) -> int:

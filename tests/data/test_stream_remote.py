@@ -47,11 +47,11 @@ def test_a_server_that_is_down_is_not_a_damaged_sample(url, nginx, monkeypatch):
     shards = stream.shards("train")
     shards.tars._retries = 0
     nginx.stop()
-    with pytest.raises(UserError, match="127.0.0.1"):
+    with pytest.raises(UserError, match=r"127\.0\.0\.1"):
         list(stream.train_dataloader())
     assert not stream.faults.times
 
 
 def test_a_set_that_is_not_there(url):
-    with pytest.raises(UserError, match="manifest.json is not there; check data.path"):
+    with pytest.raises(UserError, match=r"manifest\.json is not there; check data.path"):
         ShardSet(url + "-not", "train")

@@ -1,7 +1,8 @@
 """Reading parts of the files of a set: from a local or shared file system, or from a server.
 
 On a local disk files are mapped: a sample is a view of the page cache, nothing is copied. On a network file system
-they are read with ``pread``: a server that fails is an error there, and would kill the process through a mapping.
+they are read with ``pread``: a server that fails is an error there, and would kill the process through a mapping. So
+are images everywhere: a copy costs little beside decoding it, and mapped pages count as the memory of the process.
 """
 
 from __future__ import annotations
@@ -114,13 +115,18 @@ class LocalFolder:
         return _Mapped(self.path / name) if self.mapped else _Read(self.path / name)
 
 
-def open_folder(path: str | Path) -> Folder:
-    """Return where the files of a set are: a folder, or a URL (``https://``, ``s3://`` and whatever fsspec knows)."""
+def open_folder(path: str | Path, mapped: bool = True) -> Folder:
+    """Return where the files of a set are: a folder, or a URL (``https://``, ``s3://`` and whatever fsspec knows).
+
+    Args:
+        path: folder or URL.
+        mapped: whether shards may be mapped, where they lie on a local disk.
+    """
     if "://" in str(path):
         from paperscale.data.remote import RemoteFolder
 
         return RemoteFolder(str(path))
-    return LocalFolder(Path(path))
+    return LocalFolder(Path(path), None if mapped else False)
 
 
 def is_network(path: Path) -> bool:

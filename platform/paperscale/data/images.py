@@ -72,6 +72,8 @@ class ImageShards(ShardStream):
         UserError: an argument is not one of its choices or does not go with the others.
     """
 
+    mapped = False
+
     def __init__(
         self,
         path: str | list[str],

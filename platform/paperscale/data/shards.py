@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -127,18 +128,20 @@ class ShardSet:
     Args:
         path: the set: a folder or a URL.
         split: one split, or several joined by ``+`` (``"train+val"``).
+        mapped: whether shards on a local disk are mapped: nothing is copied, and the pages that were read count as
+            this process's memory. On a network file system they never are.
 
     Raises:
         UserError: the set or the split does not exist.
     """
 
-    def __init__(self, path: str | Path, split: str):
-        self.path, self.split = str(path), split
+    def __init__(self, path: str | Path, split: str, *, mapped: bool = True):
+        self.path, self.split, self.mapped = str(path), split, mapped
         if "://" not in self.path:
             _refuse_no_set(Path(path), "make one with `paperscale data prepare`")
-        self.folder = open_folder(path)
+        self.folder = open_folder(path, mapped)
         self.manifest = read_manifest(self.folder)
-        self.tars = open_folder(self.manifest.tars) if self.manifest.tars else self.folder
+        self.tars = open_folder(self.manifest.tars, mapped) if self.manifest.tars else self.folder
         self.shards: list[Shard] = []
         for name in split.split("+"):
             if name not in self.manifest.splits:
@@ -148,8 +151,8 @@ class ShardSet:
         self._open: OrderedDict[int, tuple[ShardIndex, ShardFile]] = OrderedDict()
         self._lock = Lock()
 
-    def __reduce__(self) -> tuple[type[ShardSet], tuple[str, str]]:  # worker processes open their own
-        return type(self), (self.path, self.split)
+    def __reduce__(self) -> tuple[Any, ...]:  # worker processes open their own
+        return partial(ShardSet, self.path, self.split, mapped=self.mapped), ()
 
     @property
     def sizes(self) -> list[int]:

@@ -130,6 +130,9 @@ class ShardStream(LightningDataModule):
         """Return tensors for the given samples, where their size depends on which they are."""
         return self.allocate(len(places), train)
 
+    mapped = True
+    """Whether shards on a local disk are mapped into memory rather than read, see :mod:`~paperscale.data.files`."""
+
     @abstractmethod
     def fill(
         self, shards: ShardSet, batch: Batch, row: int, shard: int, row_in_shard: int, sample: int, epoch: int | None
@@ -234,7 +237,7 @@ class ShardStream(LightningDataModule):
         if split is None:
             raise UserError(f"data.{stage} is not set: name the split to use, for example data.{stage}={stage}")
         if (path, split) not in self._sets:
-            self._sets[path, split] = ShardSet(path, split)
+            self._sets[path, split] = ShardSet(path, split, mapped=self.mapped)
         return self._sets[path, split]
 
     def source(self, stage: str) -> Source:
@@ -407,6 +410,7 @@ class _Filling:
 
     def result(self) -> tuple[Batch, tuple[Skipped, ...]]:
         """Return the batch without the samples that could not be read, and those."""
+        self.parts = []  # they refer to this object: the batch would live until the cycle is collected
         batch = {**self.batch, "sample": torch.from_numpy(self.places.samples.copy())}
         if not self.skipped:
             return batch, ()

@@ -1,0 +1,1 @@
+"""The peers: each module shows one library to the runner, through a class ``Peer``."""
