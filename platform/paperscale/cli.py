@@ -168,6 +168,12 @@ def _shape_options(parser: Parser) -> None:
     parser.add_argument("--time", help="time limit of an attempt, such as 02:30:00")
 
 
+def _position(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
@@ -291,8 +297,8 @@ def _add_data_actions(actions: Any) -> None:
     info.add_argument("--json", action="store_true", help="print the manifest")
     show = add("show", run_show, "look at samples: a contact sheet of pictures, or decoded text")
     show.add_argument("--split", default="train")
-    show.add_argument("--count", type=int, default=24)
-    show.add_argument("--start", type=int, default=0, help="first sample")
+    show.add_argument("--count", type=_positive, default=24, help="samples to show (default 24)")
+    show.add_argument("--start", type=_position, default=0, help="number of the first sample (default 0)")
     show.add_argument("--seed", type=int, help="in the order of the first epoch of this seed, instead of as written")
     show.add_argument("--out", type=Path, help="file of the contact sheet (default: NAME-SPLIT.png)")
 
@@ -584,13 +590,15 @@ def run_index(args: argparse.Namespace) -> int:
     from paperscale.progress import byte_progress
 
     folder = Path(args.folder)
-    splits = dict(_pairs(args.split, "--split", "train=PATTERN")) if args.split else None
+    splits: dict[str, list[str]] = {}
+    for split, pattern in _pairs(args.split or [], "--split", "train=PATTERN"):
+        splits.setdefault(split, []).append(pattern)
     lengths = dict(_pairs(args.length or [], "--length", "tokens=tokens.npy"))
     rules = Rules(args.fields.split(",") if args.fields else None, args.missing, lengths)
-    classes = args.classes.read_text().splitlines() if args.classes else None
-    total = sum(tar.stat().st_size for tars in find_tars(folder, splits).values() for tar in tars)
+    classes = _lines_of(args.classes) if args.classes else None
+    total = sum(tar.stat().st_size for tars in find_tars(folder, splits or None).values() for tar in tars)
     with byte_progress(_console(), f"indexing {folder}", total) as done:
-        adopted = adopt(folder, splits, rules, out=args.out, classes=classes, progress=done)
+        adopted = adopt(folder, splits or None, rules, out=args.out, classes=classes, progress=done)
     shards = sum(map(len, adopted.manifest.splits.values()))
     print(f"{args.out or folder}: {shards} shards, {_splits(adopted.manifest)}; fields {', '.join(adopted.fields)}")
     for split, count in adopted.incomplete.items():
@@ -600,6 +608,15 @@ def run_index(args: argparse.Namespace) -> int:
         if count:
             print(f"WARNING {split}: {count:,} keys occur in more than one shard; all their samples are kept")
     return FINISHED
+
+
+def _lines_of(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--classes {path}: {getattr(error, 'strerror', error)}; name a text file, a class a line"
+        ) from error
 
 
 def _pairs(words: list[str], option: str, example: str) -> list[list[str]]:
@@ -671,9 +688,13 @@ def run_show(args: argparse.Namespace) -> int:
 
 
 def _splits(manifest: Any) -> str:
-    return (
-        ", ".join(f"{name} {sum(s.samples for s in shards):,}" for name, shards in manifest.splits.items()) + " samples"
-    )
+    """Return the sizes of a set's splits, of text in documents: its WebDataset samples are chunks of them."""
+    unit = "documents" if "documents" in manifest.lengths else "samples"
+    sizes = {
+        name: sum(shard.lengths["documents"] if unit == "documents" else shard.samples for shard in shards)
+        for name, shards in manifest.splits.items()
+    }
+    return ", ".join(f"{name} {size:,}" for name, size in sizes.items()) + f" {unit}"
 
 
 def run_bench_data(args: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import shutil
 import subprocess
 import tarfile
@@ -72,12 +73,108 @@ def test_shards_that_cannot_be_written_beside_are_indexed_elsewhere(foreign, tmp
 
 
 def test_splits_by_brace_patterns(foreign):
-    adopted = adopt(foreign, {"train": "train-{0000..0001}.tar", "val": "{train-0002,val-0000}.tar"})
+    adopted = adopt(foreign, {"train": ["train-{0000..0001}.tar"], "val": ["{train-0002,val-0000}.tar"]})
     assert [shard.name for shard in adopted.manifest.splits["val"]] == ["train-0002.tar", "val-0000.tar"]
     with pytest.raises(UserError, match=r"train-0003\.tar is missing; give the numbers of the shards that are there"):
-        adopt(foreign, {"train": "train-{0000..0005}.tar"})
+        adopt(foreign, {"train": ["train-{0000..0005}.tar"]})
     with pytest.raises(UserError, match="Unbalanced braces"):
-        adopt(foreign, {"train": "train-{0000..0005.tar"})
+        adopt(foreign, {"train": ["train-{0000..0005.tar"]})
+
+
+def test_shards_in_folders(tmp_path):
+    for split, first in (("train", 0), ("val", 20)):
+        (tmp_path / "nest" / split).mkdir(parents=True)
+        write(tmp_path / "nest" / split / "0.tar", range(first, first + 10))
+    for out in (None, tmp_path / "out"):
+        adopted = adopt(tmp_path / "nest", out=out)
+        assert {split: [s.name for s in shards] for split, shards in adopted.manifest.splits.items()} == {
+            "train": ["train/0.tar"],
+            "val": ["val/0.tar"],
+        }
+        assert verify(out or tmp_path / "nest", deep=True).problems == []
+        assert bytes(ShardSet(out or tmp_path / "nest", "val").read(0, 1)["png"]) == picture(21)
+
+
+def test_a_tar_in_two_splits_is_refused(foreign):
+    with pytest.raises(UserError, match=r"train-0000\.tar is in train and in val: its samples would be in both"):
+        adopt(foreign, {"train": ["train-*.tar"], "val": ["*-0000.tar"]})
+
+
+def test_a_split_may_have_several_patterns(foreign, capsys):
+    words = [
+        "data",
+        "index",
+        str(foreign),
+        "--split",
+        "train=train-{0000..0001}.tar",
+        "--split",
+        "train=train-0002.tar",
+    ]
+    assert main(words) == 0
+    assert "3 shards, train 60 samples" in capsys.readouterr().out
+
+
+def test_a_failed_index_leaves_the_set_as_it_was(foreign):
+    adopt(foreign)
+    before = {path.name: path.read_bytes() for path in foreign.iterdir() if path.suffix != ".tar"}
+    whole = (foreign / "train-0002.tar").read_bytes()
+    (foreign / "train-0002.tar").write_bytes(whole[:3000])
+    with pytest.raises(UserError, match=r"train-0002\.tar: not a readable tar"):
+        adopt(foreign, rules=Rules(["png"]))
+    (foreign / "train-0002.tar").write_bytes(whole)
+    assert {name: (foreign / name).read_bytes() for name in before} == before
+    assert verify(foreign).problems == []
+
+
+def test_fields_in_capitals_are_webdatasets(tmp_path):
+    with webdataset.TarWriter(str(tmp_path / "train-0.tar")) as writer:
+        writer.write({"__key__": "a", "PNG": picture(1), "CLS": b"1"})
+    assert adopt(tmp_path).fields == ("cls", "png")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--fields", "pgn"], "no sample has any of the fields ['pgn'], only ['cls', 'png']; did you mean 'png'?"),
+        (["--length", "frames=nope.npy"], "--length frames=nope.npy: its samples have only ['cls', 'png']"),
+        (["--classes", "nofile"], "--classes nofile: No such file or directory; name a text file"),
+        (["--split", "train=nope*.tar"], "matches; it holds train-0000.tar, train-0001.tar, train-0002.tar..."),
+    ],
+)
+def test_mistakes_name_what_is_there(foreign, words, message, capsys):
+    assert main(["data", "index", str(foreign), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_set_that_is_not_a_folder_of_tars(foreign, tmp_path, capsys):
+    os.mkfifo(foreign / "train-0009.tar")  # must not be waited for
+    assert main(["data", "index", str(foreign)]) == 0
+    (tmp_path / "empty").mkdir()
+    for folder, message in (
+        (foreign / "train-0000.tar", "is a file; name the folder that holds the tars"),
+        ("http://host/x", "is a URL; index the shards where they can be written to"),
+        (tmp_path / "empty", "holds no .tar file"),
+    ):
+        assert main(["data", "index", str(folder)]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["data", "info", str(tmp_path / "empty")]) == 2
+    assert "holds neither manifest.json nor a tar" in capsys.readouterr().err
+
+
+def test_mistakes_in_showing(foreign, capsys):
+    with webdataset.TarWriter(str(foreign / "names-0.tar")) as writer:
+        writer.write({"__key__": "a", "png": picture(1), "cls": "cat"})
+    adopt(foreign)
+    assert verify(foreign, deep=True).problems == [], "a label may be a name"
+    assert main(["data", "show", str(foreign), "--split", "names", "--out", str(foreign / "a.png")]) == 0
+    for words, message in (
+        (["--start", "-5"], "'-5' is not a whole number of at least 0"),
+        (["--start", "60"], "split 'train' has 60 samples, numbered from 0"),
+        (["--count", "0"], "'0' is not a whole number of at least 1"),
+        (["--out", "/nope/x.png"], "/nope/x.png cannot be written"),
+    ):
+        assert main(["data", "show", str(foreign), *words]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_tars_of_every_kind_are_read(tmp_path):

@@ -329,7 +329,7 @@ def cut_sample(of: tuple[str, int]) -> dict:
 def test_labels_may_be_of_another_field_or_absent(photos):
     batch = next(iter(photo_module(photos, label=None).train_dataloader()))
     assert "label" not in batch
-    with pytest.raises(UserError, match=r"no field with the label 'fine', only \['jpg'\]"):
+    with pytest.raises(UserError, match=r"has no labels in data\.label=fine, only the fields"):
         batches(photo_module(photos, label="fine"))
 
 
@@ -353,3 +353,35 @@ def test_arguments_that_make_no_sense_are_refused(photos, options, message):
 def test_images_of_many_sizes_need_a_size(photos):
     with pytest.raises(UserError, match=r"differ in size: set data.size"):
         batches(photo_module(photos, size=None))
+
+
+def test_sets_without_images_or_labels_are_refused_at_the_start(tmp_path, tiny_shards):
+    with ShardWriter(tmp_path, "stereo", image={"height": 8, "width": 8}) as writer:
+        writer.write("train", [{"__key__": str(n), "left.png": b"x", "name": b"cat"} for n in range(9)])
+    with pytest.raises(
+        UserError, match=r"has no images in jpg, jpeg, png, webp, only the fields \['left\.png', 'name'\]"
+    ):
+        ImageShards(str(tmp_path), 4, val=None).train_dataloader()
+    with pytest.raises(UserError, match=r"has no labels in data\.label=cls, only the fields"):
+        ImageShards(str(tmp_path), 4, val=None, image_field="left.png").train_dataloader()
+    with pytest.raises(UserError, match=r"has no labels in data\.label=clss.*did you mean 'cls'"):
+        ImageShards(str(tiny_shards), 4, val=None, label="clss").train_dataloader()
+
+
+def test_labels_may_be_names_of_classes(tmp_path):
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(file, "png")
+    facts = {"height": 8, "width": 8, "channels": 1}
+    with ShardWriter(tmp_path, "names", image=facts, classes=["cat", "dog"]) as writer:
+        names = ["dog", "cat", "1"]
+        writer.write("train", [{"__key__": str(n), "png": file.getvalue(), "cls": c} for n, c in enumerate(names)])
+    batch = next(iter(ImageShards(str(tmp_path), 3, val=None).train_dataloader()))
+    assert dict(zip(batch["sample"].tolist(), batch["label"].tolist(), strict=True)) == {0: 1, 1: 0, 2: 1}
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"scale": (1.0, 0.08)}, {"scale": (0, 0)}, {"ratio": (-1, 2)}, {"size": 0}, {"crop_padding": -1}]
+)
+def test_numbers_that_make_no_sense_are_refused(tiny_shards, arguments):
+    with pytest.raises(UserError, match=f"data.{next(iter(arguments))}"):
+        ImageShards(str(tiny_shards), **arguments)

@@ -14,6 +14,7 @@ import webdataset
 from PIL import Image
 
 from conftest import SIZES, encode, image_of, items, write_set
+from helpers import wait_for
 from paperscale.data import index as shard_index
 from paperscale.data.faults import SampleFault
 from paperscale.data.shards import ShardSet, read_manifest
@@ -87,6 +88,75 @@ def test_a_resumed_writer_refuses_another_input(tmp_path):
         ShardWriter(tmp_path, "tiny", num_processes=0).write("train", reversed(items("train")), encode)
     with pytest.raises(UserError, match="end with sample 'train-0229', the input ends before"):
         ShardWriter(tmp_path, "tiny", num_processes=0).write("train", items("train")[:50], encode)
+
+
+def test_a_resumed_writer_refuses_a_changed_encoding(tmp_path):
+    ShardWriter(tmp_path, "tiny", shard_samples=37, num_processes=0).write("train", items("train"), encode)
+    with pytest.raises(UserError, match="end with sample 'train-0229', the input gives it another content"):
+        ShardWriter(tmp_path, "tiny", num_processes=0).write("train", items("train"), relabelled)
+
+
+def relabelled(item):
+    return {**encode(item), "cls": b"0"}
+
+
+def test_a_key_with_a_dot_is_refused(tmp_path):
+    """WebDataset would cut it there, and take several samples for one."""
+    samples = [{"__key__": f"IMG_2024.{n:02d}", "txt": "x"} for n in range(6)]
+    with pytest.raises(UserError, match=r"its key 'IMG_2024\.00' has a dot, .*use 'IMG_2024-00'"):
+        ShardWriter(tmp_path, "dots").write("train", samples)
+    with ShardWriter(tmp_path / "folders", "dots") as writer:
+        writer.write("train", [{"__key__": "v1.0/a", "txt": "x"}, {"__key__": "v1.0/b", "txt": "x"}])
+    assert ShardSet(tmp_path / "folders", "train").sizes == [2]
+
+
+def test_an_item_without_a_sample_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"sample 3 of 'train' is NoneType without a '__key__'.*leave out beforehand"):
+        ShardWriter(tmp_path, "holes").write("train", range(10), lambda n: None if n == 3 else encode(("train", n)))
+
+
+def test_two_samples_of_one_key_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"have the same key|occurs twice"):
+        ShardWriter(tmp_path, "twice").write("train", [{"__key__": "a", "txt": "x"}, {"__key__": "a", "txt": "y"}])
+
+
+def test_a_script_without_a_main_guard_is_told(tmp_path):
+    script = tmp_path / "write.py"
+    script.write_text(
+        "from paperscale.data import ShardWriter\n"
+        "def encode(n): return {'__key__': str(n), 'txt': 'x'}\n"
+        "ShardWriter('set', 'set', num_processes=2).write('train', range(2000), encode)\n"
+    )
+    result = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "a worker process ended before its time: a script needs `if __name__ == '__main__':`" in result.stderr
+
+
+def test_worker_processes_end_with_a_killed_writer(tmp_path):
+    script = tmp_path / "write.py"
+    script.write_text(
+        "import os, time\nfrom pathlib import Path\nfrom paperscale.data import ShardWriter\n"
+        "def encode(n):\n"
+        "    Path(f'worker-{os.getpid()}').touch()\n    time.sleep(0.01)\n"
+        "    return {'__key__': str(n), 'txt': 'x'}\n"
+        "if __name__ == '__main__': ShardWriter('set', 'set', num_processes=2).write('train', range(5000), encode)\n"
+    )
+    process = subprocess.Popen([sys.executable, script], cwd=tmp_path)
+    wait_for(lambda: len(list(tmp_path.glob("worker-*"))) == 2, 30)
+    process.kill()
+    process.wait()
+    workers = [Path("/proc") / path.name.removeprefix("worker-") for path in tmp_path.glob("worker-*")]
+    wait_for(lambda: not any(worker.exists() for worker in workers), 15)
+
+
+def test_an_index_of_other_fields_is_not_taken(own_shards):
+    """As a `data index` that was killed between two shards would leave it."""
+    tar = own_shards / "train-000001.tar"
+    other = shard_index.build(tar, shard_index.Rules(["png"]))
+    (own_shards / "train-000001.tar.idx").write_bytes(shard_index.to_bytes(other))
+    with pytest.raises(SampleFault, match=r"train-000001\.tar\.idx: not the index of the shard in manifest\.json"):
+        ShardSet(own_shards, "train").read(1, 0)
+    assert len(verify(own_shards).problems) == 1
 
 
 def test_the_number_of_processes_does_not_change_the_bytes(tmp_path, tiny_shards):

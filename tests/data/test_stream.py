@@ -142,3 +142,13 @@ def test_options_that_do_not_exist(tiny_shards):
         pictures(tiny_shards, window=0)
     with pytest.raises(UserError, match="cannot be divided over 64 processes"):
         pictures(tiny_shards, 0, 64).train_dataloader()
+
+
+def test_a_defect_in_a_users_code_is_not_blamed_on_the_data(tiny_shards):
+    class Typo(Pictures):
+        def fill(self, shards, batch, row, *rest):
+            batch["lable"][row] = 1
+
+    stream = Typo(str(tiny_shards), 32, num_threads=2, on_fault="skip")
+    with pytest.raises(KeyError, match="lable"):
+        batches(stream)

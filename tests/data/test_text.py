@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,8 @@ import torch
 import webdataset
 
 from paperscale.data import TokenBlocks, TokenDocuments
+from paperscale.data.faults import SampleFault
+from paperscale.data.index import load
 from paperscale.data.shards import ShardSet
 from paperscale.data.tokens import Document, TokenSet, write_tokens
 from paperscale.data.writer import ShardWriter
@@ -143,11 +147,83 @@ def test_batches_by_tokens_hold_every_pair_once(pairs, world, monkeypatch):
         assert sum(len(pair(n).sentences[0]) for n in samples) <= 500
 
 
-def test_labels_come_with_documents(articles):
-    stream = TokenDocuments(str(articles), 8, fields=["a"], val=None)
-    with pytest.raises(UserError, match="do not all have 1 sentences"):
+def test_one_field_takes_a_whole_document_with_its_label(articles):
+    batch = next(iter(TokenDocuments(str(articles), 8, fields=["text"], val=None).train_dataloader()))
+    for row, number in enumerate(batch["sample"].tolist()):
+        expected = np.concatenate(article(number).sentences)
+        assert batch["text"][row, : len(expected)].tolist() == expected.tolist()
+        assert batch["text_length"][row] == len(expected)
+        assert batch["label"][row] == number % 3
+
+
+def test_documents_of_another_number_of_sentences_are_refused(articles):
+    with pytest.raises(UserError, match="do not all have 2 sentences"):
+        next(iter(TokenDocuments(str(articles), 8, fields=["a", "b"], val=None).train_dataloader()))
+
+
+def test_passes_of_a_batch_by_tokens_are_of_like_size(pairs):
+    stream = TokenDocuments(
+        str(pairs), fields=["source", "target"], max_tokens=2000, micro_tokens=500, val=None, seed=1, window=2000
+    )
+    found = list(stream.train_dataloader())
+    assert stream.accumulate(1) == 4
+    tokens = [max(int(batch["source_length"].sum()), int(batch["target_length"].sum())) for batch in found]
+    assert max(tokens) < 500 + 63, "by less than a document"
+    for batch in found:
+        if batch["cursor"].last:
+            assert batch["cursor"].consumed > 0
+    assert sorted(n for b in found if b["cursor"].weight for n in b["sample"].tolist()) == list(range(6000))
+
+
+@pytest.mark.parametrize("max_tokens", [None, 500])
+def test_damaged_documents_are_skipped_and_counted(pairs, tmp_path, max_tokens):
+    folder = Path(shutil.copytree(pairs, tmp_path / "pairs"))
+    index = load(folder / "train-000001.tar")
+    offset = int(index.members[0, index.fields.index("tokens.npy")]["offset"])
+    with (folder / "train-000001.tar").open("r+b") as file:
+        file.seek(offset + 300)
+        file.write(b"damaged")
+    arguments = {"fields": ["source", "target"], "max_tokens": max_tokens, "val": None}
+    with pytest.raises(SampleFault, match=r"train-000001\.tar: sample 'train-\d+': member 'tokens.npy'"):
+        list(TokenDocuments(str(folder), **arguments).train_dataloader())
+    stream = TokenDocuments(str(folder), on_fault="skip", max_skipped=6000, **arguments)
+    seen = []
+    for batch in stream.train_dataloader():
+        seen += batch["sample"].tolist() if batch["cursor"].weight else []
+        stream.advance(batch["cursor"])
+    assert len(stream.faults.times) == index.lengths["documents"][0]
+    assert sorted([*seen, *stream.faults.times]) == list(range(6000))
+
+
+def test_sets_of_different_tokenizers_are_not_mixed(articles, tmp_path):
+    with ShardWriter(tmp_path / "other", "other", num_processes=0) as writer:
+        writer.attach("tokenizer.json", b"{}")
+        write_tokens(writer, "train", range(9), article, 5000)
+    with pytest.raises(UserError, match="have different tokenizers: their numbers mean different tokens"):
+        TokenBlocks([str(articles), str(tmp_path / "other")], 8, val=None).train_dataloader()
+
+
+def test_labelled_and_unlabelled_documents_are_not_mixed(articles, pairs):
+    stream = TokenDocuments([str(articles), str(pairs)], 8, fields=["text"], val=None)
+    with pytest.raises(UserError, match="pairs0 have no labels, others have"):
         next(iter(stream.train_dataloader()))
-    assert TokenSet(ShardSet(articles, "train")).document(0, 4)[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_tokens": -5}, "data.max_tokens must be at least 1, not -5"),
+        ({"max_length": 0}, "data.max_length must be at least 1"),
+        ({"micro_tokens": 5}, "data.micro_tokens divides data.max_tokens"),
+        ({"eval_batch_size": 0}, "data.eval_batch_size must be at least 1"),
+        ({"num_threads": -1}, "data.num_threads must be at least 0"),
+        ({"max_skipped": -1}, "data.max_skipped must be at least 0"),
+        ({"epoch_samples": 10}, "data.epoch_samples is for mixtures"),
+    ],
+)
+def test_numbers_that_make_no_sense(arguments, message, pairs):
+    with pytest.raises(UserError, match=re.escape(message)):
+        TokenDocuments(str(pairs), **arguments)
 
 
 def test_long_sentences_are_cut(pairs):

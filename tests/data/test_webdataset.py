@@ -73,6 +73,27 @@ def test_names_that_do_not_exist(name, message):
     assert message in str(error.value)
 
 
+def test_batches_that_do_not_add_up_are_refused(stream):
+    stream.trainer = Places(0, 2)
+    with pytest.raises(UserError, match=r"data\.global_batch_size=16, but the pipeline's batches of 16 on 2 processes"):
+        next(iter(stream.train_dataloader()))
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "message"),
+    [
+        (lambda: [], "it is called as function(split, rank, world_size, seed)"),
+        (lambda *a: None, "'NoneType' object is not iterable"),
+        (lambda *a: [(1, 2)], "gives tuple, not dictionaries of tensors"),
+    ],
+)
+def test_pipelines_of_another_kind_are_refused(stream, pipeline, message):
+    stream.pipeline = pipeline
+    with pytest.raises(UserError) as error:
+        next(iter(stream.train_dataloader()))
+    assert message in str(error.value)
+
+
 def test_it_trains_a_recipe(stream, runs, tiny_recipe):
     from paperscale.cli import main
 

@@ -10,8 +10,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from paperscale.data.writer import as_shard, map_in_order, write_atomically
 from paperscale.errors import UserError
 
 _SAMPLES_FOR_DUPLICATES = 1 << 27  # 1 GB of hashes
+_NEW = ".new"  # of an index until all are made
 
 
 @dataclass
@@ -46,7 +48,7 @@ class Adopted:
 
 def adopt(
     folder: Path,
-    splits: Mapping[str, str] | None = None,
+    splits: Mapping[str, Sequence[str]] | None = None,
     rules: Rules | None = None,
     *,
     out: Path | None = None,
@@ -59,8 +61,8 @@ def adopt(
 
     Args:
         folder: where the tars are.
-        splits: split to its tars, as a brace pattern (``train-{000000..001023}.tar``) or a glob, relative to
-            ``folder``; by default every tar, its split being its name without the number.
+        splits: split to its tars, as brace patterns (``train-{000000..001023}.tar``) or globs, relative to
+            ``folder``; by default every tar, its split being its name without the number, or the folder it is in.
         rules: which members to index, and what to do with incomplete samples.
         out: where indexes and manifest go; by default beside the tars.
         name: the set's name; by default the folder's.
@@ -69,25 +71,23 @@ def adopt(
         progress: called with the bytes of each tar that is done.
 
     Raises:
-        UserError: a tar is missing, compressed, damaged, or breaks the rules; nothing is written over it.
+        UserError: a tar is missing, compressed, damaged, or breaks the rules; what was there before is kept.
     """
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}; name the folder that holds the tars")
     tars = find_tars(folder, splits)
     out = out or folder
     rules = rules or Rules()
     old = _facts(out)
     if not rules.lengths and "lengths" in old:
         rules = Rules(rules.fields, rules.missing, old["lengths"])
-    out.mkdir(parents=True, exist_ok=True)
+    _refuse_unwritable(out)
     adopted = Adopted(Manifest(name or old.get("name") or folder.resolve().name, {}))
     fields: set[str] = set()
     for split, paths in tars.items():
         keys, shards, incomplete = [], [], 0
-        work = partial(_index_one, out, rules)
+        work = partial(_index_one, folder, out, rules)
         processes = min(len(paths), num_processes or os.cpu_count() or 1)
         for path, (index, hashes, short) in zip(paths, map_in_order(work, paths, processes, chunk=1), strict=True):
-            shards.append(as_shard(index))
+            shards.append(replace(as_shard(index), name=str(path.relative_to(folder))))
             fields |= set(index.fields)
             incomplete += short
             keys.append(hashes)
@@ -97,6 +97,9 @@ def adopt(
         if sum(map(len, keys)) <= _SAMPLES_FOR_DUPLICATES:
             together = np.concatenate(keys)
             adopted.duplicates[split] = len(together) - len(np.unique(together))
+    for shard in (shard for _, shard in adopted.manifest.shards()):
+        new = _index_path(out, shard.name, _NEW)
+        new.replace(_index_path(out, shard.name))
     _complete(adopted, fields, old, rules, classes, folder, out)
     return adopted
 
@@ -124,10 +127,32 @@ def _complete(
     write_atomically(out / MANIFEST, manifest.to_json().encode())
 
 
-def _index_one(out: Path, rules: Rules, tar: Path) -> tuple[shard_index.ShardIndex, Any, int]:
-    """Index one tar and write its index; return it, the hashes of its keys, and its incomplete samples."""
+def _refuse_unwritable(out: Path) -> None:
+    """Make the folder; refuse one that cannot be written to.
+
+    Raises:
+        UserError: it cannot be.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written to ({error.strerror}); name a folder for indexes and manifest with --out"
+        ) from error
+
+
+def _index_path(out: Path, name: str, ending: str = "") -> Path:
+    return out / (name + shard_index.SUFFIX + ending)
+
+
+def _index_one(folder: Path, out: Path, rules: Rules, tar: Path) -> tuple[shard_index.ShardIndex, Any, int]:
+    """Index one tar and write its index aside; return it, the hashes of its keys, and its incomplete samples."""
     index = shard_index.build(tar, rules)
-    write_atomically(out / (tar.name + shard_index.SUFFIX), shard_index.to_bytes(index))
+    path = _index_path(out, str(tar.relative_to(folder)), _NEW)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, shard_index.to_bytes(index))
     digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in index.all_keys())
     kept = int((index.members["offset"] == 0).any(1).sum())
     return index, np.frombuffer(digests, np.uint64), index.dropped + kept
@@ -142,39 +167,74 @@ def _facts(out: Path) -> dict[str, Any]:
         return {}
 
 
-def find_tars(folder: Path, splits: Mapping[str, str] | None = None) -> dict[str, list[Path]]:
-    """Return the tars of each split, in the order of their names or of the pattern.
+def find_tars(folder: Path, splits: Mapping[str, Sequence[str]] | None = None) -> dict[str, list[Path]]:
+    """Return the tars of each split, in the order of their names or of the patterns.
 
     Raises:
-        UserError: a pattern matches nothing, or a tar it names is missing.
+        UserError: the folder is missing, a pattern matches nothing, a tar it names is missing, or a tar is in two
+            splits.
     """
+    if "://" in str(folder) or ":/" in str(folder):
+        raise UserError(f"{folder} is a URL; index the shards where they can be written to, and copy the set there")
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "is not there"
+        raise UserError(f"{folder} {what}; name the folder that holds the tars")
     if splits is None:
-        found: dict[str, list[Path]] = {}
-        for path in sorted(folder.glob("*.tar*")):
-            if re.fullmatch(r".*\.(tar|tar\.\w{2,3}|tgz)", path.name) and not path.name.endswith(shard_index.SUFFIX):
-                prefix = re.sub(r"[-_.]?\d+$", "", path.name.partition(".tar")[0])
-                found.setdefault(prefix or "train", []).append(path)
-        if not found:
-            raise UserError(f"{folder} holds no .tar file; name the folder that holds the shards")
-        return found
-    return {split: _matching(folder, split, pattern) for split, pattern in splits.items()}
+        found = _by_name(folder)
+    else:
+        found = {
+            split: [path for pattern in patterns for path in _matching(folder, split, pattern)]
+            for split, patterns in splits.items()
+        }
+    split_of: dict[Path, str] = {}
+    for split, paths in found.items():
+        for path in paths:
+            if path in split_of:
+                where = f"twice in {split}" if split_of[path] == split else f"in {split_of[path]} and in {split}"
+                raise UserError(f"{path} is {where}: its samples would be in both; give each tar once")
+            split_of[path] = split
+    return found
+
+
+def _by_name(folder: Path) -> dict[str, list[Path]]:
+    """Return the tars below a folder: the split is the name without the number, or else the folder's."""
+    found: dict[str, list[Path]] = {}
+    paths = [path for path in folder.rglob("*.tar*") if re.fullmatch(r".*\.(tar|tar\.(gz|bz2|xz|zst)|tgz)", path.name)]
+    for path in sorted(path for path in paths if path.is_file()):
+        inside = path.parent.relative_to(folder)
+        prefix = re.sub(r"[-_.]?\d+$", "", path.name.partition(".tar")[0])
+        split = prefix if inside == Path() else inside.parts[0]
+        found.setdefault(split or "train", []).append(path)
+    if not found:
+        raise UserError(f"{folder} holds no .tar file; name the folder that holds the shards")
+    return found
 
 
 def _matching(folder: Path, split: str, pattern: str) -> list[Path]:
     from braceexpand import braceexpand
 
+    asked = f"--split {split}={pattern}"
     try:
         names = list(braceexpand(pattern))
     except ValueError as error:  # unbalanced braces
-        raise UserError(f"--split {split}={pattern}: {error}; write for example 'train-{{0000..0099}}.tar'") from error
+        raise UserError(f"{asked}: {error}; write for example 'train-{{0000..0099}}.tar'") from error
     paths: list[Path] = []
     for name in names:
-        here = sorted(folder.glob(name)) if any(c in name for c in "*?[") else [folder / name]
-        missing = [path for path in here if not path.is_file()]
-        if missing or not here:
+        if any(c in name for c in "*?["):
+            here = sorted(path for path in folder.glob(name) if path.is_file())
+            if not here:
+                raise UserError(f"{asked}: no file of {folder} matches; {_first_tars(folder)}")
+            paths += here
+        elif (folder / name).is_file():
+            paths.append(folder / name)
+        else:
             raise UserError(
-                f"--split {split}={pattern}: {missing[0] if missing else folder / name} is missing; "
-                "give the numbers of the shards that are there"
+                f"{asked}: {folder / name} is missing; give the numbers of the shards that are there "
+                f"({_first_tars(folder)})"
             )
-        paths += here
     return paths
+
+
+def _first_tars(folder: Path) -> str:
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.tar"))
+    return f"it holds {', '.join(names[:3])}{'...' if len(names) > 3 else ''}" if names else "it holds no tar"

@@ -26,6 +26,9 @@ class Batches(Protocol):
     def stop(self, epoch: int, position: int) -> int:
         """Return where the global batch ends that begins at ``position``."""
 
+    def split(self, epoch: int, start: int, stop: int, parts: int) -> list[int]:
+        """Return where each of ``parts`` even pieces of a global batch begins, and where the last ends."""
+
     def mass(self, epoch: int, start: int, stop: int) -> int:
         """Return what a mean over the positions' loss is over: samples, or tokens."""
 
@@ -53,6 +56,10 @@ class FixedBatches:
         """Return where the global batch ends that begins at ``position``."""
         return min(position + self.size, self.samples)
 
+    def split(self, epoch: int, start: int, stop: int, parts: int) -> list[int]:
+        """Return pieces whose numbers of samples differ by at most one."""
+        return [start + (stop - start) * part // parts for part in range(parts + 1)]
+
     def mass(self, epoch: int, start: int, stop: int) -> int:
         """Return the number of samples."""
         return stop - start
@@ -68,6 +75,7 @@ class _Bucketed(NamedTuple):
     samples: NDArray[np.int64]
     epochs: NDArray[np.int64]
     mass: NDArray[np.int64]
+    longest: NDArray[np.int64]
     stops: NDArray[np.int64]
 
 
@@ -114,7 +122,7 @@ class TokenBatches:
         batches = permutation(len(stops), self.seed, epoch, _BATCHES, number)
         rows = by_length[np.concatenate([np.arange(starts[b], stops[b]) for b in batches])]
         ends = np.cumsum((stops - starts)[batches])
-        return _Bucketed(samples[rows], epochs[rows], lengths[rows, -1], ends)
+        return _Bucketed(samples[rows], epochs[rows], lengths[rows, -1], lengths[rows].max(1), ends)
 
     def take(self, epoch: int, start: int, stop: int) -> Taken:
         """Return the samples at positions ``start`` to ``stop`` of ``epoch``, in the order of the batches."""
@@ -127,6 +135,13 @@ class TokenBatches:
         number, inside = divmod(position, self.window)
         stops = self._windows[epoch, number].stops
         return int(number * self.window + stops[stops.searchsorted(inside, side="right")])
+
+    def split(self, epoch: int, start: int, stop: int, parts: int) -> list[int]:
+        """Return pieces of like numbers of tokens: none exceeds its share by a whole sample."""
+        number, inside = divmod(start, self.window)
+        totals = np.cumsum(self._windows[epoch, number].longest[inside : inside + stop - start])
+        shares = totals[-1] * np.arange(1, parts) / parts
+        return [start, *(start + totals.searchsorted(shares, side="right")).tolist(), stop]
 
     def mass(self, epoch: int, start: int, stop: int) -> int:
         """Return the number of tokens on the last side: the target's."""
@@ -200,9 +215,10 @@ class BatchPlan:
             end = self.batches.stop(epoch, position)
             size, after = end - position, epoch * samples + end
             mass = self.batches.mass(epoch, position, end)
+            bounds = self.batches.split(epoch, position, end, parts)
             for micro in range(self.accumulate):
                 part = micro * self.world_size + rank
-                start, stop = position + size * part // parts, position + size * (part + 1) // parts
+                start, stop = bounds[part], bounds[part + 1]
                 weight = self.batches.mass(epoch, start, stop) * parts / mass if stop > start else 0.0
                 last = micro == self.accumulate - 1
                 yield Piece(epoch, start, stop, weight, after if last else after - size, last)

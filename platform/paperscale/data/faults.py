@@ -19,9 +19,14 @@ class SampleFault(UserError):
     def __init__(self, shard: str, key: str, reason: str):
         self.shard, self.key, self.reason = shard, key, reason
         super().__init__(
-            f"{shard}: sample '{key}': {reason}; `paperscale data verify` lists all damage: copy the shard again or "
-            "prepare the set again, or go on without such samples with data.on_fault=skip"
+            f"{self.what}; `paperscale data verify` lists all damage: copy the shard again or make the set again, "
+            "or go on without such samples with data.on_fault=skip"
         )
+
+    @property
+    def what(self) -> str:
+        """Return what is wrong, without the advice."""
+        return f"{self.shard}: sample '{self.key}': {self.reason}"
 
     def __reduce__(self) -> tuple[type[SampleFault], tuple[str, str, str]]:  # crosses from worker processes
         return SampleFault, (self.shard, self.key, self.reason)

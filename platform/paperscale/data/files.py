@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Protocol
 
+from paperscale.errors import UserError
+
 Buffer = bytes | memoryview
 _NETWORK = {0x6969, 0x0BD00BD0, 0x47504653, 0x65735546, 0x00C36400, 0xFF534D42, 0xFE534D42, 0x19830326, 0xAAD7AAEA}
 """File system types (``statfs(2)``): NFS, Lustre, GPFS, FUSE, Ceph, CIFS, SMB2, BeeGFS, PanFS."""
@@ -125,7 +127,10 @@ def open_folder(path: str | Path, mapped: bool = True) -> Folder:
     if "://" in str(path):
         from paperscale.data.remote import RemoteFolder
 
-        return RemoteFolder(str(path))
+        try:
+            return RemoteFolder(str(path))
+        except (OSError, ImportError, ValueError) as error:
+            raise UserError(f"{path} cannot be opened: {error}; check the URL and the network") from error
     return LocalFolder(Path(path), None if mapped else False)
 
 

@@ -24,7 +24,7 @@ from paperscale.data import augment, jpeg
 from paperscale.data.augment import Box, Draws
 from paperscale.data.files import Buffer
 from paperscale.data.shards import ShardSet
-from paperscale.data.stream import Batch, ShardStream
+from paperscale.data.stream import Batch, ShardStream, Source, at_least
 from paperscale.errors import UserError, nearest
 
 FIELDS = ("jpg", "jpeg", "png", "webp")
@@ -36,7 +36,7 @@ _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 class ImageShards(ShardStream):
-    """Labelled images: a field ``jpg``, ``jpeg``, ``png`` or ``webp``, and ``cls``, the label in decimal digits.
+    """Labelled images: a field ``jpg``, ``jpeg``, ``png`` or ``webp``, and ``cls``, a label's number or its name.
 
     Images become float32 on the device, normalised by the manifest's mean and deviation of the training split; by
     ImageNet's (0.485, 0.456, 0.406 and 0.229, 0.224, 0.225) where the manifest has none.
@@ -66,6 +66,7 @@ class ImageShards(ShardStream):
         max_reduction: JPEGs may first be reduced by up to 2, 4 or 8 in their decoder while that keeps them larger
             than what is wanted: faster on large photos, at a mean difference of about a level.
         label: field of the label; ``null`` for sets without.
+        image_field: field of the images, where it has another name, for example ``left.jpg``.
         stream: the further arguments of :class:`~paperscale.data.stream.ShardStream`.
 
     Raises:
@@ -91,9 +92,12 @@ class ImageShards(ShardStream):
         scales: Sequence[int] = augment.MULTI_SCALE,
         max_reduction: int = 1,
         label: str | None = "cls",
+        image_field: str | None = None,
         **stream: Any,
     ):
         super().__init__(path, global_batch_size, **stream)
+        at_least(1, size=size, resize=resize)
+        at_least(0, crop_padding=crop_padding)
         _choose("crop", crop, _CROPS)
         _choose("eval_crop", eval_crop, _EVAL_CROPS)
         _choose("color_jitter", color_jitter or "pca", ("pca",))
@@ -102,6 +106,7 @@ class ImageShards(ShardStream):
         self.scale, self.ratio, self.jitter, self.color_jitter = scale, ratio, jitter, color_jitter
         self.eval_crop, self.resize, self.scales = eval_crop, resize, tuple(scales)
         self.max_reduction, self.label = max_reduction, label
+        self.fields = FIELDS if image_field is None else (image_field,)
         self._refuse_sizes()
         self._shape: tuple[int, int, int] | None = None
         self._statistics: tuple[Tensor, Tensor] | None = None
@@ -109,6 +114,10 @@ class ImageShards(ShardStream):
 
     def _refuse_sizes(self) -> None:
         """Refuse what cannot be cropped."""
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise UserError(f"data.scale={self.scale}: give two rising shares of the area, for example [0.08, 1]")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise UserError(f"data.ratio={self.ratio}: give two rising ratios above 0, for example [0.75, 1.33]")
         if self.size is None:
             for name, crop in (("crop", self.crop), ("eval_crop", self.eval_crop)):
                 if crop not in ("pad", "none", "dense"):
@@ -118,6 +127,23 @@ class ImageShards(ShardStream):
             raise UserError(f"data.jitter={self.jitter} must rise from data.size={self.size} or more: raise it")
         if ("center" in (self.crop, self.eval_crop) or self.eval_crop == "ten") and self.resize < self.size:
             raise UserError(f"data.resize={self.resize} is less than data.size={self.size}: raise data.resize")
+
+    def source(self, stage: str) -> Source:
+        """Return the samples of a stage; refuse sets without images or labels."""
+        source = super().source(stage)
+        for shards in source.sets:
+            fields = shards.fields()
+            if not set(self.fields) & set(fields):
+                raise UserError(
+                    f"{shards.path} has no images in {', '.join(self.fields)}, only the fields {list(fields)}; name "
+                    "theirs with data.image_field"
+                )
+            if self.label is not None and self.label not in fields:
+                raise UserError(
+                    f"{shards.path} has no labels in data.label={self.label}, only the fields {list(fields)}"
+                    f"{nearest(self.label, fields)} (data.label=null for none)"
+                )
+        return source
 
     def image_shape(self) -> tuple[int, int, int]:
         """Return height, width and channels of the images.
@@ -149,13 +175,13 @@ class ImageShards(ShardStream):
         self, shards: ShardSet, batch: Batch, row: int, shard: int, row_in_shard: int, sample: int, epoch: int | None
     ) -> None:
         """Read, decode and augment one sample."""
-        members = shards.read(shard, row_in_shard, FIELDS if self.label is None else (*FIELDS, self.label))
-        content = next((members[field] for field in FIELDS if field in members), None)
+        members = shards.read(shard, row_in_shard, self.fields if self.label is None else (*self.fields, self.label))
+        content = next((members[field] for field in self.fields if field in members), None)
         if content is None or (self.label is not None and self.label not in members):
             wanted = "an image" if content is None else f"the label '{self.label}'"
             raise ValueError(f"it has no field with {wanted}, only {sorted(members)}")
         if self.label is not None:
-            batch["label"][row] = int(bytes(members[self.label]))
+            batch["label"][row] = class_of(bytes(members[self.label]), shards)
         if epoch is None and self.eval_crop == "dense":
             batch["image"][row] = self._dense(content)
             return
@@ -273,6 +299,21 @@ class Ragged(list[Any]):
         if isinstance(which, Tensor):
             return Ragged(list.__getitem__(self, row) for row in which.tolist())
         return super().__getitem__(which)
+
+
+def class_of(label: bytes, shards: ShardSet) -> int:
+    """Return the number of a label that is written in digits, or as the name of a class.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    try:
+        return int(label)
+    except ValueError:
+        name = label.decode(errors="replace").strip()
+        if name not in shards.manifest.classes:
+            raise ValueError(f"label '{name}' is neither a number nor one of the manifest's classes") from None
+        return shards.manifest.classes.index(name)
 
 
 def pad_and_crop(image: NDArray[np.uint8], out: NDArray[np.uint8], top: int, left: int) -> None:

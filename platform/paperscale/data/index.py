@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from paperscale.errors import UserError
+from paperscale.errors import UserError, nearest
 
 try:  # the same checksum, four times as fast as zlib's
     from isal.isal_zlib import crc32
@@ -56,6 +56,7 @@ class ShardIndex:
         tar_bytes: size of the tar that was indexed.
         tar_sha256: hash of the tar that was indexed.
         dropped: incomplete samples that were left out.
+        crc32: of the index file that this was read from.
     """
 
     tar: str
@@ -67,6 +68,7 @@ class ShardIndex:
     tar_bytes: int
     tar_sha256: str
     dropped: int = 0
+    crc32: int = 0
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -99,10 +101,10 @@ class Rules:
 
 
 def split_key(name: str) -> tuple[str, str]:
-    """Split a member's name as WebDataset does: at the first dot of the base name."""
+    """Split a member's name as WebDataset does: at the first dot of the base name, the field in lower case."""
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
-    return folder + slash + stem, extension
+    return folder + slash + stem, extension.lower()
 
 
 def build(tar: Path, rules: Rules | None = None, progress: Callable[[int], None] = lambda done: None) -> ShardIndex:
@@ -118,9 +120,13 @@ def build(tar: Path, rules: Rules | None = None, progress: Callable[[int], None]
             too large member.
     """
     rules = rules or Rules()
-    samples = _scan(tar, rules, progress)
+    samples, seen = _scan(tar, rules, progress)
+    if not samples and seen:
+        wanted = list(rules.fields or ())
+        known = sorted(seen)
+        raise UserError(f"{tar}: no sample has any of the fields {wanted}, only {known}{nearest(wanted[0], known)}")
     if not samples:
-        raise UserError(f"{tar}: holds no sample; delete it or write the shard again")
+        raise UserError(f"{tar}: holds no sample; leave it out, or write the shard again")
     fields = tuple(rules.fields or sorted({name for found in samples.values() for name in found}))
     found_samples = len(samples)
     samples = _complete(tar, samples, fields, rules.missing)
@@ -129,6 +135,9 @@ def build(tar: Path, rules: Rules | None = None, progress: Callable[[int], None]
         for column, name in enumerate(fields):
             if name in found:
                 members[row, column] = found[name]
+    for name, of in rules.lengths.items():
+        if of not in fields:
+            raise UserError(f"{tar}: --length {name}={of}: its samples have only {list(fields)}{nearest(of, fields)}")
     lengths = {name: _lengths(tar, members[:, fields.index(of)], of) for name, of in rules.lengths.items()}
     keys = [key.encode() for key in samples]
     ends = np.cumsum([len(key) for key in keys], dtype=_U4)
@@ -140,9 +149,10 @@ def build(tar: Path, rules: Rules | None = None, progress: Callable[[int], None]
 _Found = dict[str, tuple[int, int, int]]
 
 
-def _scan(tar: Path, rules: Rules, progress: Callable[[int], None]) -> dict[str, _Found]:
-    """Return offset, size and checksum of every member, by key and field."""
+def _scan(tar: Path, rules: Rules, progress: Callable[[int], None]) -> tuple[dict[str, _Found], set[str]]:
+    """Return offset, size and checksum of every member, by key and field, and all fields that occur."""
     samples: dict[str, _Found] = {}
+    seen: set[str] = set()
     current = ""
     read = 0
     try:
@@ -151,13 +161,14 @@ def _scan(tar: Path, rules: Rules, progress: Callable[[int], None]) -> dict[str,
                 if not info.isreg():
                     continue
                 key, name = split_key(info.name)
+                seen.add(name)
                 if rules.fields is not None and name not in rules.fields:
                     continue
                 _refuse_member(tar, info, name)
                 if key != current and key in samples:
                     raise UserError(
                         f"{tar}: the members of sample '{key}' are not side by side, or two samples have this key "
-                        f"('{info.name}'); give samples distinct keys and write the shard again"
+                        f"('{info.name}'); write the shard again with `tar --sort=name`, or with distinct keys"
                     )
                 current = key
                 found = samples.setdefault(key, {})
@@ -174,7 +185,7 @@ def _scan(tar: Path, rules: Rules, progress: Callable[[int], None]) -> dict[str,
             _check_end(raw)
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"{tar}: not a readable tar ({error}); write or copy the shard again") from error
-    return samples
+    return samples, seen
 
 
 def _check_end(raw: BinaryIO) -> None:
@@ -253,13 +264,22 @@ def npy_header(content: bytes | memoryview) -> tuple[np.dtype[Any], tuple[int, .
     return dtype, shape, file.tell()
 
 
-def to_bytes(index: ShardIndex) -> bytes:
-    """Return the index file's content."""
+def _body(index: ShardIndex) -> bytes:
     members = np.ascontiguousarray(index.members).tobytes()
     columns = [np.asarray(column, _U4) for column in index.lengths.values()]
     lengths = np.stack(columns, 1).tobytes() if columns else b""
     lengths += b"\0" * (-len(lengths) % 8)
-    body = members + lengths + np.asarray(index.ends, _U4).tobytes() + bytes(index.text)
+    return members + lengths + np.asarray(index.ends, _U4).tobytes() + bytes(index.text)
+
+
+def checksum(index: ShardIndex) -> int:
+    """Return the CRC-32 of what an index says of its samples, which the manifest keeps."""
+    return crc32(_body(index))
+
+
+def to_bytes(index: ShardIndex) -> bytes:
+    """Return the index file's content."""
+    body = _body(index)
     header = json.dumps(
         {
             "tar": index.tar,
@@ -309,7 +329,8 @@ def _from_body(header: dict[str, Any], body: memoryview) -> ShardIndex:
     ends = np.frombuffer(body[ends_start : ends_start + 4 * samples], _U4)
     columns = {name: lengths[:, column] for column, name in enumerate(names)}
     text = body[ends_start + 4 * samples :]
-    return ShardIndex(header["tar"], fields, members, columns, ends, text, header["tar_bytes"], header["tar_sha256"])
+    facts = header["tar_bytes"], header["tar_sha256"]
+    return ShardIndex(header["tar"], fields, members, columns, ends, text, *facts, crc32=header["body_crc32"])
 
 
 def load(tar: Path) -> ShardIndex:

@@ -28,13 +28,23 @@ _LOOKS_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar of a set: its file name, samples, bytes, SHA-256, and sums of what batches are made by."""
+    """One tar of a set.
+
+    Attributes:
+        name: its file name, relative to the set.
+        samples: WebDataset samples in it.
+        bytes: its size.
+        sha256: its hash.
+        lengths: sums of what batches are made by.
+        index: CRC-32 of its index, see :func:`~paperscale.data.index.checksum`.
+    """
 
     name: str
     samples: int
     bytes: int
     sha256: str
     lengths: Mapping[str, int] = field(default_factory=dict)
+    index: int | None = None
 
 
 @dataclass
@@ -119,6 +129,8 @@ def _refuse_no_set(folder: Path, make: str) -> None:
         raise UserError(
             f"{folder} holds {tars} tar files but no {MANIFEST}: an unfinished set (run `paperscale data prepare` "
             f"again), or somebody's WebDataset shards (adopt them with `paperscale data index {folder}`)"
+            if tars
+            else f"{folder} holds neither {MANIFEST} nor a tar: {make}, or name the folder of a set"
         )
 
 
@@ -181,6 +193,19 @@ class ShardSet:
         """Return the path or URL of a shard."""
         return f"{self.tars}/{self.shards[shard].name}"
 
+    def fields(self) -> tuple[str, ...]:
+        """Return the fields of the samples, by the index of the first shard that has one.
+
+        Raises:
+            UserError: no shard can be opened.
+        """
+        for shard in range(len(self.shards)):
+            try:
+                return self.opened(shard)[0].fields
+            except (OSError, UserError):
+                continue
+        raise UserError(f"{self.path}: no shard of '{self.split}' can be opened; `paperscale data verify {self.path}`")
+
     def key(self, shard: int, row: int) -> str:
         """Return a sample's key."""
         return self.opened(shard)[0].key(row)
@@ -213,7 +238,9 @@ class ShardSet:
         except (OSError, UserError) as error:
             if isinstance(error, RemoteError) and not isinstance(error, FileNotFoundError):
                 raise
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            reason = str(error)
+            if isinstance(error, OSError) and error.strerror:
+                reason = f"{error.filename}: {error.strerror}"
             raise SampleFault(self.tar(shard), f"row {row}", reason) from error
 
     def _read(self, shard: int, row: int, fields: Sequence[str] | None) -> dict[str, Buffer]:
@@ -263,7 +290,7 @@ class ShardSet:
         facts = self.shards[shard]
         path = f"{self.path}/{facts.name}{shard_index.SUFFIX}"
         index = shard_index.from_bytes(path, self.folder.read_file(facts.name + shard_index.SUFFIX))
-        if index.tar_sha256 != facts.sha256 or len(index) != facts.samples:
+        if index.tar_sha256 != facts.sha256 or facts.index not in (index.crc32, None):
             raise UserError(
                 f"{path}: not the index of the shard in {MANIFEST}: the shard was replaced; copy the set again, or "
                 f"make index and manifest anew with `paperscale data index {self.path}`"

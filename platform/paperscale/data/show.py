@@ -15,6 +15,7 @@ from paperscale.data.order import SampleOrder
 from paperscale.data.shards import ShardSet
 from paperscale.data.tokens import TokenSet
 from paperscale.data.verify import IMAGES, decode_sample
+from paperscale.errors import UserError
 
 _CELL, _CAPTION, _GAP = 128, 14, 6  # pixels
 _LINE = 400  # characters of a member that are shown
@@ -38,6 +39,8 @@ def show(path: str, split: str, count: int, start: int, seed: int | None, sheet:
     text = all("tokens" in shard.lengths for shard in shards.shards)
     tokens = TokenSet(shards) if text else None
     sizes = tokens.sizes("documents") if tokens else shards.sizes
+    if start >= sum(sizes):
+        raise UserError(f"{path}: split '{split}' has {sum(sizes):,} samples, numbered from 0; give a smaller --start")
     order = SampleOrder(sizes, seed=seed or 0, shuffle=seed is not None)
     samples = order.samples(0, start, min(len(order), start + count))
     where = zip(samples.tolist(), *(a.tolist() for a in order.locate(samples)), strict=True)
@@ -54,7 +57,12 @@ def show(path: str, split: str, count: int, start: int, seed: int | None, sheet:
         facts = "  ".join(f"{name}={_short(value)}" for name, value in rest.items())
         yield f"{number}  {shards.key(shard, row)}  {facts}" + (f"  ({label})" if label else "")
     if pictures:
-        contact_sheet(pictures).save(sheet)
+        try:
+            contact_sheet(pictures).save(sheet)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{sheet} cannot be written: {error}; name another file with --out, such as a.png"
+            ) from error
         yield f"pictures: {sheet}"
 
 

@@ -38,7 +38,6 @@ _UNDECODABLE = (
     OSError,
     SyntaxError,
     EOFError,
-    KeyError,
     zlib.error,
 )  # PIL has a SyntaxError for broken PNG
 _PART = 16  # the least rows that a thread fills at a time
@@ -104,11 +103,13 @@ class ShardStream(LightningDataModule):
         max_skipped: int = 100,
     ):
         super().__init__()
-        for name, value in (("global_batch_size", global_batch_size), ("window", window)):
-            if value < 1:
-                raise UserError(f"data.{name} must be at least 1, not {value}")
+        at_least(1, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size, window=window)
+        at_least(1, eval_batch_size=eval_batch_size, epoch_samples=epoch_samples)
+        at_least(0, num_threads=num_threads, num_processes=num_processes, max_skipped=max_skipped)
         if on_fault not in ("fail", "skip"):
             raise UserError(f"data.on_fault={on_fault}: choose fail or skip")
+        if epoch_samples is not None and weights is None:
+            raise UserError("data.epoch_samples is for mixtures: give data.weights too, or leave it out")
         self.paths = [path] if isinstance(path, str) else list(path)
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
@@ -157,6 +158,10 @@ class ShardStream(LightningDataModule):
         """Return how many samples each shard holds, where a sample is not a WebDataset sample."""
         return shards.sizes
 
+    def name_of(self, shards: ShardSet, shard: int, row_in_shard: int) -> str:
+        """Return what to call a sample in a message: its key."""
+        return shards.key(shard, row_in_shard)
+
     def fill_rows(self, source: Source, batch: Batch, rows: range, places: Places, train: bool) -> list[Skipped]:
         """Fill some rows of a batch; return those that could not be, in ``skip``."""
         skipped = []
@@ -167,11 +172,11 @@ class ShardStream(LightningDataModule):
                     self.fill(shards, batch, row, shard, inside, sample, epoch if train else None)
                 except _UNDECODABLE as error:
                     reason = f"does not decode: {error}"
-                    raise SampleFault(shards.tar(shard), shards.key(shard, inside), reason) from error
+                    raise SampleFault(shards.tar(shard), self.name_of(shards, shard, inside), reason) from error
             except SampleFault as fault:
                 if self.on_fault == "fail":
                     raise
-                skipped.append(Skipped(sample, str(fault)))
+                skipped.append(Skipped(sample, fault.what))
         return skipped
 
     # -- the stream's state: one integer, and what was skipped ---------------------------------------------
@@ -241,7 +246,13 @@ class ShardStream(LightningDataModule):
         return self._sets[path, split]
 
     def source(self, stage: str) -> Source:
-        """Return the samples of ``train``, ``val`` or ``test``, over all sets."""
+        """Return the samples of ``train``, ``val`` or ``test``, over all sets.
+
+        Raises:
+            UserError: there are none.
+        """
+        if not self.paths:
+            raise UserError("data.path names no set; give a folder or a URL")
         sets = [self._set(path, stage) for path in self.paths]
         return Source(sets, [self.units(shards) for shards in sets])
 
@@ -326,6 +337,17 @@ class ShardStream(LightningDataModule):
 
 
 _OF = {"content": "the shards at data.path", "samples": "the shards at data.path"}
+
+
+def at_least(least: int, **values: int | None) -> None:
+    """Refuse numbers of the recipe that are too small; ``None`` is none.
+
+    Raises:
+        UserError: one is.
+    """
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise UserError(f"data.{name} must be at least {least}, not {value}")
 
 
 def _cores() -> int:

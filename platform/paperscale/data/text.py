@@ -30,17 +30,47 @@ from paperscale.data.batching import Batches, TokenBatches
 from paperscale.data.faults import Skipped
 from paperscale.data.order import Order
 from paperscale.data.shards import ShardSet
-from paperscale.data.stream import Batch, Places, ShardStream, Source
+from paperscale.data.stream import Batch, Places, ShardStream, Source, at_least
 from paperscale.data.tokens import TokenSets
 from paperscale.errors import UserError
 
 _WINDOW = 1 << 25  # tokens
+_TOKENIZER = "tokenizer.json"
 
 IGNORED = -100
 """Target of positions that have none, as ``cross_entropy`` ignores by default."""
 
 
-class TokenBlocks(ShardStream):
+class _TokenStream(ShardStream):
+    """What both have in common."""
+
+    _unit = "document"
+
+    def __init__(self, path: str | list[str], global_batch_size: int, **stream: Any):
+        super().__init__(path, global_batch_size, **stream)
+        self._tokens = TokenSets()
+
+    def source(self, stage: str) -> Source:
+        """Return the samples of a stage; refuse sets of different vocabularies."""
+        source = super().source(stage)
+        vocabularies = {shards.path: shards.manifest.files.get(_TOKENIZER) for shards in source.sets}
+        if len(set(vocabularies.values())) > 1:
+            raise UserError(
+                f"the sets {', '.join(vocabularies)} have different tokenizers: their numbers mean different tokens; "
+                "prepare them with the same one (`paperscale data prepare NAME --tokenizer SET/tokenizer.json`)"
+            )
+        return source
+
+    def name_of(self, shards: ShardSet, shard: int, row_in_shard: int) -> str:
+        """Return what to call a sample in a message: its place in the shard."""
+        return f"{self._unit} {row_in_shard}"
+
+    def fill_rows(self, source: Source, batch: Batch, rows: range, places: Places, train: bool) -> list[Skipped]:
+        """Fill some rows of the batch, through arrays: a tensor takes longer to index than a text to copy."""
+        return super().fill_rows(source, {k: tensor.numpy() for k, tensor in batch.items()}, rows, places, train)
+
+
+class TokenBlocks(_TokenStream):
     """Text in blocks of a fixed number of tokens, as language models are trained on (Radford et al. 2019, section 2.3).
 
     The documents of a split, laid end to end, are cut into blocks; a block is a sample. What is left after the last
@@ -58,6 +88,8 @@ class TokenBlocks(ShardStream):
         stream: the further arguments of :class:`~paperscale.data.stream.ShardStream`.
     """
 
+    _unit = "block"
+
     def __init__(
         self,
         path: str | list[str],
@@ -69,12 +101,10 @@ class TokenBlocks(ShardStream):
         num_threads: int = 0,
         **stream: Any,
     ):
-        if length < 1:
-            raise UserError(f"data.length must be at least 1, not {length}")
+        at_least(1, length=length)
         window = max(1, _WINDOW // length) if window is None else window
         super().__init__(path, global_batch_size, window=window, num_threads=num_threads, **stream)
         self.length, self.next_token, self.segments = length, next_token, segments
-        self._tokens = TokenSets()
 
     def _identity(self) -> dict[str, Any]:
         return {**super()._identity(), "length": self.length}
@@ -96,10 +126,6 @@ class TokenBlocks(ShardStream):
         names += ["targets"] if self.next_token else []
         names += ["segment", "position"] if self.segments else []
         return {name: torch.empty(count, self.length, dtype=torch.int64) for name in names}
-
-    def fill_rows(self, source: Source, batch: Batch, rows: range, places: Places, train: bool) -> list[Skipped]:
-        """Fill some rows of the batch, through arrays: a tensor takes longer to index than a block to copy."""
-        return super().fill_rows(source, {k: tensor.numpy() for k, tensor in batch.items()}, rows, places, train)
 
     def fill(
         self, shards: ShardSet, batch: Batch, row: int, shard: int, row_in_shard: int, sample: int, epoch: int | None
@@ -126,17 +152,18 @@ class TokenBlocks(ShardStream):
             batch["targets"][row, ends - 1] = IGNORED
 
 
-class TokenDocuments(ShardStream):
+class TokenDocuments(_TokenStream):
     """Documents of one or more sentences, padded to the longest of a batch: translation, inference, classification.
 
     Args:
         path: token shards of such documents.
         global_batch_size: documents of one optimizer step over all ranks, unless ``max_tokens`` is given.
-        fields: name of each sentence of a document, for example ``[source, target]``.
+        fields: name of each sentence of a document, for example ``[source, target]``; one name takes all sentences
+            of a document together.
         max_tokens: tokens of a global batch on each field instead: documents of like length go together
             (Vaswani et al. 2017, section 5.1: 25,000). The mean of a loss is then over the last field's tokens.
-        micro_tokens: with it, the most tokens of one forward pass on one rank; the gradient is accumulated over as
-            many passes as that takes.
+        micro_tokens: with it, the tokens of one forward pass on one rank, exceeded by less than a document; the
+            gradient is accumulated over as many passes as that takes.
         max_length: longer sentences are cut to this.
         pad: number of the padding token.
         stream: the further arguments of :class:`~paperscale.data.stream.ShardStream`.
@@ -155,8 +182,12 @@ class TokenDocuments(ShardStream):
     ):
         super().__init__(path, global_batch_size, **stream)
         self.fields = fields or ["tokens"]
+        at_least(1, max_tokens=max_tokens, micro_tokens=micro_tokens, max_length=max_length)
+        if micro_tokens is not None and max_tokens is None:
+            raise UserError(
+                "data.micro_tokens divides data.max_tokens: give that too, or data.micro_batch_size instead"
+            )
         self.max_tokens, self.micro_tokens, self.max_length, self.pad = max_tokens, micro_tokens, max_length, pad
-        self._tokens = TokenSets()
 
     def _identity(self) -> dict[str, Any]:
         return {**super()._identity(), "max_tokens": self.max_tokens, "max_length": self.max_length}
@@ -185,12 +216,25 @@ class TokenDocuments(ShardStream):
         """Return the tokens of each field, int64 [samples, fields]."""
         sets, shards, rows = source.locate(samples)
         found = np.empty((len(samples), len(self.fields)), np.int64)
+        damaged = 1 if self.on_fault == "skip" else None  # they are skipped when they are to be read
         for of in np.unique(sets).tolist():
             tokens = self._tokens[source.sets[of]]
             for shard in np.unique(shards[sets == of]).tolist():
                 here = np.flatnonzero((sets == of) & (shards == shard))
-                found[here] = tokens.sentence_lengths(shard, rows[here], len(self.fields))
+                found[here] = tokens.sentence_lengths(shard, rows[here], len(self.fields), damaged)
         return found if self.max_length is None else np.minimum(found, self.max_length)
+
+    def _labelled(self, source: Source) -> bool:
+        """Return whether documents have labels.
+
+        Raises:
+            UserError: those of some sets do, and those of others do not.
+        """
+        kinds = {shards.path: "labels.npy" in shards.fields() for shards in source.sets}
+        if len(set(kinds.values())) > 1:
+            without = [path for path, labelled in kinds.items() if not labelled]
+            raise UserError(f"the documents of {', '.join(without)} have no labels, others have; train on one kind")
+        return all(kinds.values())
 
     def allocate_for(self, source: Source, places: Places, train: bool) -> Batch:
         """Return tensors as long as the longest sentence of each field."""
@@ -199,20 +243,17 @@ class TokenDocuments(ShardStream):
         for name, size in zip(self.fields, longest, strict=True):
             batch[name] = torch.full((len(places), size), self.pad)
             batch[f"{name}_length"] = torch.zeros(len(places), dtype=torch.int64)
-        first = self._tokens[source.sets[int(places.sets[0])]]
-        if first.chunk(int(places.shards[0]), 0).labels is not None:
+        if self._labelled(source):
             batch["label"] = torch.zeros(len(places), dtype=torch.int64)
         return batch
-
-    def fill_rows(self, source: Source, batch: Batch, rows: range, places: Places, train: bool) -> list[Skipped]:
-        """Fill some rows of the batch, through arrays: a tensor takes longer to index than a document to copy."""
-        return super().fill_rows(source, {k: tensor.numpy() for k, tensor in batch.items()}, rows, places, train)
 
     def fill(
         self, shards: ShardSet, batch: Batch, row: int, shard: int, row_in_shard: int, sample: int, epoch: int | None
     ) -> None:
         """Copy one document into the batch, given as arrays."""
         sentences, label = self._tokens[shards].document(shard, row_in_shard)
+        if len(self.fields) == 1:
+            sentences = [np.concatenate(sentences)]
         for name, sentence in zip(self.fields, sentences, strict=True):
             size = min(len(sentence), batch[name].shape[1])
             batch[name][row, :size] = sentence[:size]

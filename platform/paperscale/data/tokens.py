@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from paperscale.data.faults import SampleFault
 from paperscale.data.index import npy_header
 from paperscale.data.shards import Shard, ShardSet
 from paperscale.data.writer import Done, Sample, ShardWriter, map_in_order
@@ -236,10 +237,19 @@ class TokenSet:
             token = end
         return sentences, None if chunk.labels is None else int(chunk.labels[inside])
 
-    def sentence_lengths(self, shard: int, rows: NDArray[np.int64], sides: int) -> NDArray[np.int64]:
+    def sentence_lengths(
+        self, shard: int, rows: NDArray[np.int64], sides: int, damaged: int | None = None
+    ) -> NDArray[np.int64]:
         """Return the tokens of the sentences of documents of one shard, int64 [documents, sides].
 
+        Args:
+            shard: the shard.
+            rows: the documents.
+            sides: sentences of each; 1 counts all of a document together.
+            damaged: the length to give documents that cannot be read.
+
         Raises:
+            SampleFault: a document cannot be read, and no such length is given.
             UserError: a document has another number of sentences.
         """
         starts = np.array(self.chunk_starts(shard, "documents"))
@@ -247,8 +257,17 @@ class TokenSet:
         found = np.empty((len(rows), sides), np.int64)
         for at in np.unique(chunks).tolist():
             here = np.flatnonzero(chunks == at)
-            chunk = self.chunk(shard, at)
-            last = chunk.documents[:, 1].astype(np.int64)
+            try:
+                chunk = self.chunk(shard, at)
+            except SampleFault:
+                if damaged is None:
+                    raise
+                found[here] = damaged
+                continue
+            tokens, last = chunk.documents.astype(np.int64).T
+            if sides == 1:
+                found[here, 0] = np.diff(tokens, prepend=0)[rows[here] - starts[at]]
+                continue
             if (np.diff(last, prepend=0) != sides).any():
                 raise UserError(
                     f"{self.shards.path}: documents of '{self.shards.split}' do not all have {sides} sentences; "

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from paperscale.data.faults import SampleFault
+from paperscale.data.faults import RemoteError, SampleFault
 from paperscale.data.files import Buffer
 from paperscale.data.shards import MANIFEST, Shard, ShardSet, read_manifest
 from paperscale.data.tokens import array
@@ -17,6 +17,7 @@ from paperscale.errors import UserError
 
 _BLOCK = 8 << 20
 _NAMED = 20  # damaged samples that are named, of one shard
+_LABELS = ("cls", "cls2", "index", "inx", "id")
 IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff")
 
 
@@ -100,6 +101,8 @@ def _check_shard(shards: ShardSet, number: int, deep: bool) -> tuple[list[str], 
         while block := file.read(at, min(_BLOCK, facts.bytes + 1 - at)):
             digest.update(block)
             at += len(block)
+    except RemoteError:
+        raise
     except UserError as error:
         return [str(error)], 0
     except OSError as error:
@@ -127,6 +130,10 @@ def _check_shard(shards: ShardSet, number: int, deep: bool) -> tuple[list[str], 
     return problems, decoded
 
 
+def _label(text: str) -> int | str:
+    return int(text) if text.strip().lstrip("-").isdigit() else text
+
+
 def decode_sample(sample: dict[str, Buffer]) -> dict[str, object]:
     """Decode the members of a sample by their extensions, as WebDataset does; others stay bytes.
 
@@ -144,6 +151,8 @@ def decode_sample(sample: dict[str, Buffer]) -> dict[str, object]:
             decoded[name] = jpeg.decode(content)
         elif extension == "npy":
             decoded[name] = array(content)
+        elif extension in _LABELS:
+            decoded[name] = _label(bytes(content).decode())
         elif extension in decoders and extension not in ("pyd", "pickle", "pkl", "pth"):  # those run code
             try:
                 decoded[name] = decoders[extension](bytes(content))

@@ -9,7 +9,7 @@ from typing import Any
 
 from paperscale.data.loader import OrderedLoader, Workers
 from paperscale.data.shards import ShardSet
-from paperscale.data.stream import Batch, Cursor, ShardStream
+from paperscale.data.stream import Batch, Cursor, ShardStream, at_least
 from paperscale.errors import UserError, nearest
 
 
@@ -38,8 +38,9 @@ class WebDatasetStream(ShardStream):
         test: str = "test",
         **stream: Any,
     ):
+        at_least(1, steps_per_epoch=steps_per_epoch)
         super().__init__([], global_batch_size, val=val, test=test, **stream)
-        self.pipeline, self.steps_per_epoch = find(pipeline), steps_per_epoch
+        self.name, self.pipeline, self.steps_per_epoch = pipeline, find(pipeline), steps_per_epoch
 
     def _identity(self) -> dict[str, Any]:
         return {"seed": self.seed, "global_batch_size": self.global_batch_size}
@@ -83,22 +84,52 @@ class WebDatasetStream(ShardStream):
         return 1
 
     def _forever(self, split: str, rank: int, world_size: int) -> Iterator[Batch]:
+        checked = False
         while True:
             empty = True
-            for batch in self.pipeline(split, rank, world_size, self.seed):
-                empty = False
+            for batch in self.batches_of(split, rank, world_size):
+                if not checked:
+                    self._check_size(batch, world_size)
+                checked, empty = True, False
                 yield batch
             if empty:
                 raise UserError(
                     f"the pipeline gives rank {rank} of {world_size} no batch of '{split}'; check its split"
                 )
 
+    def batches_of(self, split: str, rank: int, world_size: int) -> Iterator[Batch]:
+        """Yield the pipeline's batches.
+
+        Raises:
+            UserError: it cannot be called, or gives something else.
+        """
+        where = f"data.pipeline={self.name}"
+        try:
+            found = iter(self.pipeline(split, rank, world_size, self.seed))
+        except TypeError as error:
+            raise UserError(
+                f"{where}: {error}; it is called as function(split, rank, world_size, seed) and returns an iterable"
+            ) from error
+        for batch in found:
+            if not isinstance(batch, dict):
+                raise UserError(
+                    f"{where} gives {type(batch).__name__}, not dictionaries of tensors; end it with a .map()"
+                )
+            yield batch
+
+    def _check_size(self, batch: Batch, world_size: int) -> None:
+        """Refuse batches that do not add up to what the recipe says is trained on."""
+        size = next((len(value) for value in batch.values() if hasattr(value, "__len__")), 0)
+        if size * world_size != self.global_batch_size:
+            raise UserError(
+                f"data.global_batch_size={self.global_batch_size}, but the pipeline's batches of {size} on "
+                f"{world_size} processes are {size * world_size}; set it to that, or change the pipeline"
+            )
+
     def _eval_dataloader(self, stage: str) -> Any:
         split = self.splits[stage] or stage
         rank, world_size = self._rank()
-        return OrderedLoader(
-            lambda: self.pipeline(split, rank, world_size, self.seed), _Whole(), None, Workers(threads=0)
-        )
+        return OrderedLoader(lambda: self.batches_of(split, rank, world_size), _Whole(), None, Workers(threads=0))
 
 
 class _Whole:

@@ -14,8 +14,11 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
+from multiprocessing.connection import wait
 from pathlib import Path
+from threading import Thread
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -38,11 +41,11 @@ class Done:
 
     Attributes:
         shards: its complete shards.
-        last_key: key of the last sample in them; empty if there are none.
+        last: index of the last of them.
     """
 
     shards: list[Shard] = field(default_factory=list)
-    last_key: str = ""
+    last: shard_index.ShardIndex | None = None
 
     @property
     def samples(self) -> int:
@@ -104,7 +107,10 @@ class ShardWriter:
         self.files: dict[str, str] = {}
         if (self.folder / MANIFEST).exists():
             raise UserError(f"{self.folder} holds a complete set; choose another folder, or delete it to write it anew")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be made: {error.strerror}; choose another folder") from error
 
     def __enter__(self) -> ShardWriter:
         """Return the writer."""
@@ -133,18 +139,27 @@ class ShardWriter:
                 item = next(rest, None)
                 if number == done.samples - 1:
                     sample: Any = None if item is None else encode(item) if encode else item
-                    self._check_same(split, done, sample)
+                    self._check_same(split, done.last, sample)
             if encode is None:
                 return (sample for sample in rest)  # type: ignore[misc]
             return map_in_order(encode, rest, self.processes(items, done.samples))
 
         return self.write_samples(split, samples)
 
-    def _check_same(self, split: str, done: Done, sample: Sample | None) -> None:
-        if sample is None or sample["__key__"] != done.last_key:
-            now = "ends before" if sample is None else f"has '{sample['__key__']}' in its place"
+    def _check_same(self, split: str, last: shard_index.ShardIndex | None, sample: Sample | None) -> None:
+        """Compare the last finished sample with what the input has in its place, to the byte."""
+        if last is None:
+            return
+        key, now = last.key(len(last) - 1), ""
+        if sample is None:
+            now = "ends before"
+        elif sample["__key__"] != key:
+            now = f"has '{sample['__key__']}' in its place"
+        elif _checksums(sample) != dict(zip(last.fields, last.members[-1]["crc32"].tolist(), strict=True)):
+            now = "gives it another content"
+        if now:
             raise UserError(
-                f"{self.folder}: its finished shards of '{split}' end with sample '{done.last_key}', the input {now}: "
+                f"{self.folder}: its finished shards of '{split}' end with sample '{key}', the input {now}: "
                 "they are of another input; choose another folder, or delete them"
             )
 
@@ -167,7 +182,7 @@ class ShardWriter:
         done = self._done(split)
         self.progress(done.samples)
         shards = done.shards
-        samples = iter(make(done))
+        samples = (self._checked(split, number, sample) for number, sample in enumerate(make(done), done.samples))
         while (first := next(samples, None)) is not None:
             tar = self.folder / f"{split}-{len(shards):06d}.tar"
             shards.append(self._write_shard(tar, first, samples))
@@ -175,6 +190,21 @@ class ShardWriter:
             raise UserError(f"{self.folder}: split '{split}' has no sample; check the source of the data")
         self.splits[split] = shards
         return shards
+
+    def _checked(self, split: str, number: int, sample: Sample | None) -> Sample:
+        """Return a sample whose members WebDataset will find together."""
+        where = f"{self.folder}: sample {number:,} of '{split}'"
+        if not isinstance(sample, dict) or not isinstance(sample.get("__key__"), str):
+            raise UserError(
+                f"{where} is {type(sample).__name__} without a '__key__': give a dictionary for each item, and leave "
+                "out beforehand what should not be written"
+            )
+        key = sample["__key__"]
+        if "." in key.rpartition("/")[2]:
+            raise UserError(
+                f"{where}: its key '{key}' has a dot, where WebDataset would cut it; use '{key.replace('.', '-')}'"
+            )
+        return sample
 
     def _done(self, split: str) -> Done:
         """Return what an earlier, interrupted writer has finished."""
@@ -188,7 +218,7 @@ class ShardWriter:
             if shard_index.sha256(tar) != index.tar_sha256 or set(index.lengths) != set(self.lengths):
                 return done
             done.shards.append(as_shard(index))
-            done.last_key = index.key(len(index) - 1)
+            done.last = index
 
     def _write_shard(self, tar: Path, first: Sample, rest: Iterator[Sample]) -> Shard:
         """Write one shard: ``first``, then as many of the rest as it takes."""
@@ -211,6 +241,8 @@ class ShardWriter:
                 os.fsync(file.fileno())
             self.progress(written % _CHUNK)
             index = replace(shard_index.build(partial, Rules(lengths=self.lengths)), tar=tar.name)
+            if len(index) != written:
+                raise UserError(f"{tar}: two of its samples have the same key; give samples distinct keys")
             write_atomically(tar.with_name(tar.name + shard_index.SUFFIX), shard_index.to_bytes(index))
             partial.rename(tar)
         except OSError as error:
@@ -248,7 +280,15 @@ class ShardWriter:
 def as_shard(index: shard_index.ShardIndex) -> Shard:
     """Return what a manifest says of an indexed shard."""
     sums = {name: int(column.sum()) for name, column in index.lengths.items()}
-    return Shard(index.tar, len(index), index.tar_bytes, index.tar_sha256, sums)
+    return Shard(index.tar, len(index), index.tar_bytes, index.tar_sha256, sums, shard_index.checksum(index))
+
+
+def _checksums(sample: Sample) -> dict[str, int]:
+    """Return the checksum of each member as it would be written."""
+    from webdataset.writer import make_encoder
+
+    members = make_encoder(True)(sample).items()
+    return {name: shard_index.crc32(content) for name, content in members if not name.startswith("_")}
 
 
 def map_in_order(
@@ -268,7 +308,7 @@ def map_in_order(
     context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
     waiting: deque[Future[list[R]]] = deque()
     rest = iter(items)
-    with ProcessPoolExecutor(num_processes, context) as pool:
+    with ProcessPoolExecutor(num_processes, context, _end_with_parent) as pool:
         try:
             while True:
                 while len(waiting) < 4 * num_processes and (some := _take(rest, chunk)):
@@ -276,8 +316,20 @@ def map_in_order(
                 if not waiting:
                     return
                 yield from waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a worker process ended before its time: a script needs `if __name__ == '__main__':` around what it "
+                "does, or num_processes=0; otherwise look whether memory ran out (dmesg)"
+            ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """End this worker process when the one it works for is gone, however that ended."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
 def _take(items: Iterator[T], count: int) -> list[T]:

@@ -90,7 +90,7 @@ class RecipeCLI(LightningCLI):
             self.config_init = self.parser.instantiate_classes(self.config)
         except Exception as error:  # whatever a constructor raises, the values of the recipe made it do so
             root: BaseException = error
-            while cause := root.__cause__ or root.__context__:
+            while not isinstance(root, UserError) and (cause := root.__cause__ or root.__context__):
                 root = cause
             if isinstance(root, UserError):
                 raise root from error
