@@ -169,9 +169,9 @@ class Damage(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_rank == 1:
             data = trainer.datamodule
-            tar = data.shards("train").folder / "train-000000.tar"
+            tar = Path(data.paths[0]) / "train-000000.tar"
             tar.write_bytes(bytes(512 * 9) + tar.read_bytes()[512 * 9 :])
-            data._shards.clear()
+            data._sets.clear()
             for row in range(9):
                 data.shards("train").read(0, row)
 

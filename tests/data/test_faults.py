@@ -195,7 +195,9 @@ def test_a_mount_that_went_away_is_named_and_one_that_came_back_is_read(own_shar
         shards = ShardSet(mount, "train")
         shards.read(0, 0)
         assert do("umount", "-l", str(mount))
-        with pytest.raises(SampleFault, match=r"mount/train-000004\.tar: sample 'row 3': .*mount/train-000004\.tar\.idx: No such file"):
+        with pytest.raises(
+            SampleFault, match=r"mount/train-000004\.tar: sample 'row 3': .*mount/train-000004\.tar\.idx: No such file"
+        ):
             shards.read(4, 3)
         assert do("mount", "--bind", str(own_shards), str(mount))
         assert shards.read(4, 3)

@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import SIZES, image_of
 from paperscale.data import ImageShards, augment, jpeg
 from paperscale.data.augment import Draws
 from paperscale.data.images import Memory
 from paperscale.data.writer import ShardWriter
 from paperscale.errors import UserError
+from tiny import SIZES, image_of
 
 
 def module(path, rank=0, world_size=1, **options) -> ImageShards:

@@ -13,7 +13,6 @@ import pytest
 import webdataset
 from PIL import Image
 
-from conftest import SIZES, encode, image_of, items, write_set
 from helpers import wait_for
 from paperscale.data import index as shard_index
 from paperscale.data.faults import SampleFault
@@ -21,6 +20,7 @@ from paperscale.data.shards import ShardSet, read_manifest
 from paperscale.data.verify import verify
 from paperscale.data.writer import ShardWriter
 from paperscale.errors import UserError
+from tiny import SIZES, encode, image_of, items, write_set
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path, tiny_shards):
@@ -55,7 +55,7 @@ def test_webdataset_reads_our_tars(tiny_shards):
 def test_a_killed_writer_goes_on_after_the_last_complete_shard(tmp_path):
     script = (
         "import os, sys; sys.path.insert(0, sys.argv[2])\n"
-        "from conftest import encode, items\nfrom paperscale.data.writer import ShardWriter\n"
+        "from tiny import encode, items\nfrom paperscale.data.writer import ShardWriter\n"
         "def dying(item):\n"
         "    if item[1] == 94: os.kill(os.getpid(), 9)\n"
         "    return encode(item)\n"
@@ -130,6 +130,11 @@ def test_a_script_without_a_main_guard_is_told(tmp_path):
     result = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert "a worker process ended before its time: a script needs `if __name__ == '__main__':`" in result.stderr
+
+
+def test_an_encoding_that_worker_processes_cannot_have_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"<lambda> cannot be sent to worker processes .*or .*num_processes=0"):
+        ShardWriter(tmp_path, "lambda", num_processes=2).write("train", range(9), lambda n: encode(("train", n)))
 
 
 def test_worker_processes_end_with_a_killed_writer(tmp_path):

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import SIZES, write_set
 from paperscale.data.loader import OrderedLoader, Workers
 from paperscale.errors import UserError
 from streams import Pictures, pictures
+from tiny import SIZES, write_set
 
 
 def batches(stream: Pictures) -> list[dict]:

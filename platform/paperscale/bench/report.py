@@ -64,7 +64,7 @@ def hardware() -> dict[str, str]:
         "cpu": cpu or platform.processor() or platform.machine(),
         "cores": str(len(os.sched_getaffinity(0))),
         "memory": f"{kilobytes / 2**20:.0f} GiB",
-        "kernel": platform.release(),
+        "kernel": platform.release().partition("-")[0],
         "python": platform.python_version(),
     }
 

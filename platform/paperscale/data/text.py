@@ -34,7 +34,7 @@ from paperscale.data.stream import Batch, Places, ShardStream, Source, at_least
 from paperscale.data.tokens import TokenSets
 from paperscale.errors import UserError
 
-_WINDOW = 1 << 25  # tokens
+_TOKENS, _BLOCKS = 1 << 25, 1 << 16  # of a window, at most
 _TOKENIZER = "tokenizer.json"
 
 IGNORED = -100
@@ -82,7 +82,7 @@ class TokenBlocks(_TokenStream):
         length: tokens of a block.
         next_token: add ``targets``.
         segments: add ``segment`` and ``position``.
-        window: blocks shuffled together; by default as many as hold 33 million tokens.
+        window: blocks shuffled together; by default 65,536, or as many as hold 33 million tokens.
         num_threads: threads that read; 0, the default, reads in the training thread: handing blocks to another costs
             more than reading them.
         stream: the further arguments of :class:`~paperscale.data.stream.ShardStream`.
@@ -102,7 +102,7 @@ class TokenBlocks(_TokenStream):
         **stream: Any,
     ):
         at_least(1, length=length)
-        window = max(1, _WINDOW // length) if window is None else window
+        window = min(_BLOCKS, max(1, _TOKENS // length)) if window is None else window
         super().__init__(path, global_batch_size, window=window, num_threads=num_threads, **stream)
         self.length, self.next_token, self.segments = length, next_token, segments
 

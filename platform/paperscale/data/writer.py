@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import multiprocessing
 import os
+import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -305,6 +306,13 @@ def map_in_order(
     if num_processes < 2:
         yield from map(function, items)
         return
+    try:
+        pickle.dumps(function)
+    except Exception as error:  # of whatever kind its pieces raise
+        raise UserError(
+            f"{getattr(function, '__name__', function)} cannot be sent to worker processes ({error}); define it at the "
+            "top level of a module, or encode in this process with num_processes=0"
+        ) from error
     context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
     waiting: deque[Future[list[R]]] = deque()
     rest = iter(items)
