@@ -168,16 +168,14 @@ def _shape_options(parser: Parser) -> None:
     parser.add_argument("--time", help="time limit of an attempt, such as 02:30:00")
 
 
-def _position(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+def _position(text: str, least: int = 0) -> int:
+    if not text.isdigit() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
     return int(text)
 
 
 def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
+    return _position(text, 1)
 
 
 def _add_jobs(add: Callable[[str, Command, str], Parser]) -> None:

@@ -47,6 +47,15 @@ class View:
         """Return whether worker processes live on from pass to pass, as in a long training."""
         return self.workers > 0 and self.work != "identities"
 
+    def loading(self) -> dict[str, Any]:
+        """Return the arguments of torch's ``DataLoader``, and of those that are made after it."""
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": self.workers,
+            "collate_fn": collate,
+            "persistent_workers": self.persistent,
+        }
+
 
 def touch(content: Any) -> int:
     """Read a byte of every page of a bytes-like object, so that it is in memory for certain."""

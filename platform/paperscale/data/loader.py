@@ -7,6 +7,7 @@ without copying batches between processes, and several threads fill one batch. T
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -143,6 +144,11 @@ class OrderedLoader(Generic[Plan, Batch]):
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+
+
+def cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def prepare(reader: Reader[Plan, Batch], plan: Plan) -> Batch:

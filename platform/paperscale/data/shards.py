@@ -221,27 +221,24 @@ class ShardSet:
         Raises:
             SampleFault: the shard cannot be read, or was damaged or replaced since it was indexed.
         """
-        try:
-            return self._read(shard, row, fields)
-        except SampleFault:
-            if not self._forget(shard, row):
-                raise
-        except (OSError, UserError) as error:
-            if isinstance(error, RemoteError) and not isinstance(error, FileNotFoundError):
-                raise  # it has been tried again already, and the sample may well be whole
-            with self._lock:
-                self._open.pop(shard, None)  # a mount that came back has new handles
-        try:
-            return self._read(shard, row, fields)
-        except SampleFault:
-            raise
-        except (OSError, UserError) as error:
-            if isinstance(error, RemoteError) and not isinstance(error, FileNotFoundError):
-                raise
-            reason = str(error)
-            if isinstance(error, OSError) and error.strerror:
-                reason = f"{error.filename}: {error.strerror}"
-            raise SampleFault(self.tar(shard), f"row {row}", reason) from error
+        retried = False
+        while True:
+            try:
+                return self._read(shard, row, fields)
+            except SampleFault:
+                if retried or not self._forget(shard, row):
+                    raise
+            except (OSError, UserError) as error:
+                if isinstance(error, RemoteError) and not isinstance(error, FileNotFoundError):
+                    raise  # it has been tried again already, and the sample may well be whole
+                if retried:
+                    reason = str(error)
+                    if isinstance(error, OSError) and error.strerror:
+                        reason = f"{error.filename}: {error.strerror}"
+                    raise SampleFault(self.tar(shard), f"row {row}", reason) from error
+                with self._lock:
+                    self._open.pop(shard, None)  # a mount that came back has new handles
+            retried = True
 
     def _read(self, shard: int, row: int, fields: Sequence[str] | None) -> dict[str, Buffer]:
         index, file = self.opened(shard)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from paperscale.data.order import SampleOrder
 from paperscale.data.shards import ShardSet
+from paperscale.data.tokenizer import FILE as TOKENIZER
 from paperscale.data.tokens import TokenSet
 from paperscale.data.verify import IMAGES, decode_sample
 from paperscale.errors import UserError
@@ -69,10 +70,10 @@ def show(path: str, split: str, count: int, start: int, seed: int | None, sheet:
 def _documents(tokens: TokenSet, shards: ShardSet, where: Iterator[tuple[int, int, int]]) -> Iterator[str]:
     """Yield documents, decoded by the set's tokenizer if it has one."""
     decode: Any = None
-    if "tokenizer.json" in shards.manifest.files:
+    if TOKENIZER in shards.manifest.files:
         from tokenizers import Tokenizer
 
-        decode = Tokenizer.from_str(bytes(shards.folder.read_file("tokenizer.json")).decode()).decode
+        decode = Tokenizer.from_str(bytes(shards.folder.read_file(TOKENIZER)).decode()).decode
     for number, shard, row in where:
         sentences, label = tokens.document(shard, row)
         name = "" if label is None else f"  ({_label({'cls': label}, shards.manifest.classes)})"

@@ -26,20 +26,14 @@ from numpy.typing import NDArray
 
 from paperscale.data.batching import Batches, BatchPlan, FixedBatches, Piece, even_batches
 from paperscale.data.faults import FaultLog, SampleFault, Skipped
-from paperscale.data.loader import OrderedLoader, Workers
+from paperscale.data.loader import OrderedLoader, Workers, cores
 from paperscale.data.order import MixedOrder, Order, SampleOrder
 from paperscale.data.shards import ShardSet
 from paperscale.errors import UserError
 
 Batch = dict[str, Any]
 
-_UNDECODABLE = (
-    ValueError,
-    OSError,
-    SyntaxError,
-    EOFError,
-    zlib.error,
-)  # PIL has a SyntaxError for broken PNG
+_UNDECODABLE = (ValueError, OSError, SyntaxError, EOFError, zlib.error)  # PIL has a SyntaxError for broken PNG
 _PART = 16  # the least rows that a thread fills at a time
 _MOST_THREADS = 16
 _LOOK_AHEAD = 16  # batches whose samples a remote folder is asked for beforehand
@@ -117,7 +111,7 @@ class ShardStream(LightningDataModule):
         self.splits = {"train": train, "val": val, "test": test}
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.window, self.weights, self.epoch_samples = window, weights, epoch_samples
-        self.workers = Workers(_cores() if num_threads is None else num_threads, num_processes)
+        self.workers = Workers(min(cores(), _MOST_THREADS) if num_threads is None else num_threads, num_processes)
         self.on_fault = on_fault
         self.consumed = 0
         self.faults, self.eval_faults = FaultLog(max_skipped), FaultLog(max_skipped)
@@ -348,11 +342,6 @@ def at_least(least: int, **values: int | None) -> None:
     for name, value in values.items():
         if value is not None and value < least:
             raise UserError(f"data.{name} must be at least {least}, not {value}")
-
-
-def _cores() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, _MOST_THREADS)
 
 
 class Source:

@@ -31,11 +31,11 @@ from paperscale.data.faults import Skipped
 from paperscale.data.order import Order
 from paperscale.data.shards import ShardSet
 from paperscale.data.stream import Batch, Places, ShardStream, Source, at_least
+from paperscale.data.tokenizer import FILE as TOKENIZER
 from paperscale.data.tokens import TokenSets
 from paperscale.errors import UserError
 
 _TOKENS, _BLOCKS = 1 << 25, 1 << 16  # of a window, at most
-_TOKENIZER = "tokenizer.json"
 
 IGNORED = -100
 """Target of positions that have none, as ``cross_entropy`` ignores by default."""
@@ -53,7 +53,7 @@ class _TokenStream(ShardStream):
     def source(self, stage: str) -> Source:
         """Return the samples of a stage; refuse sets of different vocabularies."""
         source = super().source(stage)
-        vocabularies = {shards.path: shards.manifest.files.get(_TOKENIZER) for shards in source.sets}
+        vocabularies = {shards.path: shards.manifest.files.get(TOKENIZER) for shards in source.sets}
         if len(set(vocabularies.values())) > 1:
             raise UserError(
                 f"the sets {', '.join(vocabularies)} have different tokenizers: their numbers mean different tokens; "

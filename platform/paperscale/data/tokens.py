@@ -63,7 +63,7 @@ def write_tokens(
     """Write a split of documents as token shards.
 
     Args:
-        writer: the set; made with ``lengths=LENGTHS``.
+        writer: the set; its ``lengths`` become :data:`LENGTHS`.
         split: name of the split.
         items: what to encode, in order; the same when an interrupted writer is run again.
         encode: tokenises one item; runs on the writer's processes.

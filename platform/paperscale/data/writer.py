@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 from paperscale.data import index as shard_index
 from paperscale.data.index import Rules
+from paperscale.data.loader import cores
 from paperscale.data.shards import MANIFEST, Manifest, Shard
 from paperscale.errors import UserError
 
@@ -169,7 +170,7 @@ class ShardWriter:
         if self.num_processes is not None:
             return self.num_processes
         few = isinstance(items, Sized) and len(items) - done < _FEW
-        return 0 if few else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return 0 if few else cores()
 
     def write_samples(self, split: str, make: Callable[[Done], Iterable[Sample]]) -> list[Shard]:
         """Write the samples of a split.

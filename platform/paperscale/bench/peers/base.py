@@ -55,6 +55,24 @@ def blocks(kind: str, source: Path) -> Any:
     return np.memmap(source / name, np.uint16, "r").reshape(-1, length)
 
 
+class Keeping:
+    """Resuming with a ``loader`` that keeps its own state."""
+
+    loader: Any
+
+    def epoch(self, number: int) -> Iterator[Any]:
+        """Yield the batches; the library counts the passes itself."""
+        return iter(self.loader)
+
+    def state(self) -> Any:
+        """Return the loader's state."""
+        return self.loader.state_dict()
+
+    def restore(self, state: Any) -> None:
+        """Give the loader its state."""
+        self.loader.load_state_dict(state)
+
+
 class Skipping:
     """Resuming where a library keeps no state: the number of batches, which are read again and thrown away."""
 

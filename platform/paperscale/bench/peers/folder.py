@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from paperscale.bench.meters import Growth
 from paperscale.bench.peers.base import IMAGES, Skipping, blocks
-from paperscale.bench.works import View, collate, on_image, on_tokens
+from paperscale.bench.works import View, on_image, on_tokens
 
 
 class Files(Dataset[Any]):
@@ -55,14 +55,7 @@ class Shuffled(Skipping):
 
     def __init__(self, view: View, data: Dataset[Any]):
         self.sampler: Any = DistributedSampler(data, view.world, view.rank, seed=view.seed, drop_last=False)
-        self.loader = DataLoader(
-            data,
-            view.batch_size,
-            sampler=self.sampler,
-            num_workers=view.workers,
-            collate_fn=collate,
-            persistent_workers=view.persistent,
-        )
+        self.loader = DataLoader(data, sampler=self.sampler, **view.loading())
 
     def epoch(self, number: int) -> Iterator[Any]:
         """Yield the batches."""

@@ -12,7 +12,7 @@ import numpy as np
 from datasets.distributed import split_dataset_by_node
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from paperscale.bench.peers.base import TOKENS, blocks, images
+from paperscale.bench.peers.base import TOKENS, Keeping, blocks, images
 from paperscale.bench.peers.torchdata import Stateful
 from paperscale.bench.works import View, collate, on_image, on_tokens
 
@@ -76,7 +76,7 @@ class Rows:
         ]
 
 
-class Streamed:
+class Streamed(Keeping):
     """Parquet files, streamed through the shuffle buffer."""
 
     reads_ahead = True
@@ -89,28 +89,10 @@ class Streamed:
             stream = stream.with_format("numpy")
         self.stream = split_dataset_by_node(stream, view.rank, view.world) if view.world > 1 else stream
         self.transform = Transform(view)
-        self.loader = StatefulDataLoader(
-            self.stream,
-            view.batch_size,
-            num_workers=view.workers,
-            collate_fn=self._collate,
-            persistent_workers=view.persistent,
-        )
+        self.loader = StatefulDataLoader(self.stream, **{**view.loading(), "collate_fn": self._collate})
 
     def _collate(self, rows: list[Any]) -> Any:
         return collate([self.transform.one(row) for row in rows])
-
-    def epoch(self, number: int) -> Iterator[Any]:
-        """Yield the batches."""
-        return iter(self.loader)
-
-    def state(self) -> Any:
-        """Return the loader's state."""
-        return self.loader.state_dict()
-
-    def restore(self, state: Any) -> None:
-        """Give the loader its state."""
-        self.loader.load_state_dict(state)
 
 
 class Peer:

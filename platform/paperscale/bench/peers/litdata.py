@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 import torch
 from litdata import StreamingDataLoader, StreamingDataset, TokensLoader, optimize
 
-from paperscale.bench.peers.base import IMAGES, TOKENS, blocks
-from paperscale.bench.works import View, collate, on_image, on_tokens
+from paperscale.bench.peers.base import IMAGES, TOKENS, Keeping, blocks
+from paperscale.bench.works import View, on_image, on_tokens
 
 _CHUNK = "64MB"
 _ROWS = 4096  # blocks handed over at once when writing
@@ -37,7 +36,7 @@ class Transform:
         return self.image(item["jpg"], item["id"]) if self.image is not None else on_tokens(item)
 
 
-class Chunks:
+class Chunks(Keeping):
     """The library's dataset and loader, at their defaults but for dropping."""
 
     def __init__(self, view: View, folder: Path):
@@ -50,25 +49,7 @@ class Chunks:
             drop_last=False,
             transform=Transform(view),
         )
-        self.loader = StreamingDataLoader(
-            data,
-            batch_size=view.batch_size,
-            num_workers=view.workers,
-            collate_fn=collate,
-            persistent_workers=view.persistent,
-        )
-
-    def epoch(self, number: int) -> Iterator[Any]:
-        """Yield the batches; the library counts the passes itself."""
-        return iter(self.loader)
-
-    def state(self) -> Any:
-        """Return the loader's state."""
-        return self.loader.state_dict()
-
-    def restore(self, state: Any) -> None:
-        """Give the loader its state."""
-        self.loader.load_state_dict(state)
+        self.loader = StreamingDataLoader(data, **view.loading())
 
 
 class Peer:

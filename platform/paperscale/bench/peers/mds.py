@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ import numpy as np
 import torch
 
 from paperscale.bench.meters import Growth
-from paperscale.bench.peers.base import TOKENS, blocks, images
-from paperscale.bench.works import View, collate, on_image, on_tokens
+from paperscale.bench.peers.base import TOKENS, Keeping, blocks, images
+from paperscale.bench.works import View, on_image, on_tokens
 
 
 def _declare_torchvision() -> None:
@@ -49,29 +48,11 @@ class Shards(StreamingDataset):
         return self.image(sample["jpg"], int(sample["id"])) if self.image is not None else on_tokens(sample["tokens"])
 
 
-class Streaming:
+class Streaming(Keeping):
     """The library's loader."""
 
     def __init__(self, view: View, folder: Path):
-        self.loader = StreamingDataLoader(
-            Shards(view, folder),
-            batch_size=view.batch_size,
-            num_workers=view.workers,
-            collate_fn=collate,
-            persistent_workers=view.persistent,
-        )
-
-    def epoch(self, number: int) -> Iterator[Any]:
-        """Yield the batches; the library counts the passes itself."""
-        return iter(self.loader)
-
-    def state(self) -> Any:
-        """Return the loader's state."""
-        return self.loader.state_dict()
-
-    def restore(self, state: Any) -> None:
-        """Give the loader its state."""
-        self.loader.load_state_dict(state)
+        self.loader = StreamingDataLoader(Shards(view, folder), **view.loading())
 
 
 class Peer:

@@ -20,7 +20,7 @@ from paperscale.data.images import ImageShards
 from paperscale.data.shards import MANIFEST, Manifest, Shard, ShardSet
 from paperscale.data.stream import Batch, ShardStream
 from paperscale.data.text import TokenBlocks
-from paperscale.data.tokens import LENGTHS, Document, write_tokens
+from paperscale.data.tokens import Document, write_tokens
 from paperscale.data.writer import ShardWriter
 
 IMAGES_PER_SHARD = 1000
@@ -106,7 +106,7 @@ class Peer:
             with ShardWriter(out, kind, image=facts, shard_samples=per_shard, num_processes=0) as writer:
                 writer.write("train", images(source), _image)
             return
-        with ShardWriter(out, kind, lengths=LENGTHS, num_processes=0) as writer:
+        with ShardWriter(out, kind, num_processes=0) as writer:
             starts = range(0, blocks(kind, source).size, _DOCUMENT)
             write_tokens(writer, "train", starts, partial(_document, kind, str(source)), VOCABULARY)
 
