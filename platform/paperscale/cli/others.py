@@ -1,0 +1,123 @@
+"""Commands about this installation: recipes, bench, doctor, demo, completion."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from paperscale.cli.options import (
+    Add,
+    Parser,
+    complete_clusters,
+    console,
+    positive,
+    print_table,
+)
+from paperscale.errors import FAILED, FINISHED
+
+_WIDE = 180  # columns of a terminal that hold the table of recipes
+
+
+def add_commands(add: Add) -> None:
+    """Add the commands."""
+    recipes = add("recipes", run_recipes, "list the recipes, the papers' numbers and ours")
+    recipes.add_argument("--json", action="store_true", help="print JSON")
+    recipes.add_argument("--markdown", action="store_true", help="print the table of the README")
+    _add_bench(add("bench", lambda _: FAILED, "measure Paperscale beside its peers"))
+    doctor = add("doctor", run_doctor, "check this machine and its cluster, each finding with its fix")
+    doctor.add_argument("--cluster", help="profile that must work").completer = complete_clusters  # type: ignore[attr-defined]
+    doctor.add_argument("--data", type=Path, help="set of shards to verify")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    demo = add("demo", run_demo, "see it all: prepare MNIST, submit, interrupt, resume, finish")
+    demo.add_argument("--cluster", default="local", help="local, or the profile of a SLURM cluster")
+    completion = add(
+        "completion",
+        run_completion,
+        'print the shell\'s completion script: eval "$(paperscale completion bash)"',
+    )
+    completion.add_argument("shell", choices=["bash", "zsh", "fish"])
+
+
+def _add_bench(bench: Parser) -> None:
+    actions = bench.add_subparsers(title="benchmarks", metavar="WHAT", required=True, parser_class=Parser)
+    data = actions.add_parser("data", help="data loaders, all on the same samples", allow_abbrev=False)
+    data.add_argument("--setup", action="store_true", help="install the peers first, in environments of their own")
+    data.add_argument("--only", metavar="WORK,...", help="some of the works, for example raw,tokens,decode")
+    data.add_argument("--peers", metavar="PEER,...", help="some of the peers, for example ours,folder,webdataset")
+    data.add_argument("--rounds", type=positive, default=5, help="rounds of every measurement (default 5)")
+    data.add_argument("--quick", action="store_true", help="little data, one short round: does it work?")
+    data.add_argument("--json", action="store_true", help="print the results as JSON instead of tables")
+    data.add_argument("--out", type=Path, metavar="DIR", help="write data.md and data.json there")
+    data.set_defaults(run=run_bench_data)
+
+
+def run_recipes(args: argparse.Namespace) -> int:
+    """List the recipes."""
+    from paperscale.recipes import all_recipes, header
+
+    headers = [header(path) for path in all_recipes().values()]
+    if args.json:
+        listed = [
+            {"name": h.name, "title": h.title, "source": h.source, "data": h.dataset, **h.fields} for h in headers
+        ]
+        print(json.dumps(listed, indent=1))
+        return FINISHED
+    terminal = console()
+    columns = ["recipe", "paper", "dataset", "hardware", "command", "paper's number", "our number"]
+    rows = [
+        [
+            h.name,
+            f"{h.title}. {h.source}",
+            h.dataset,
+            *(h.fields[f] for f in ("needs", "run", "paper", "measured")),
+        ]
+        for h in headers
+    ]
+    if args.markdown:
+        for row in [columns, ["---"] * len(columns), *rows]:
+            print(f"| {' | '.join(row)} |")
+    elif terminal.width >= _WIDE:
+        print_table(columns, rows)
+    else:
+        for name, *values in rows:
+            terminal.print(f"[bold]{name}")
+            for column, value in zip(columns[1:], values, strict=True):
+                terminal.print(f"  {column:15} {value}", highlight=False, markup=False)
+    return FINISHED
+
+
+def run_bench_data(args: argparse.Namespace) -> int:
+    """Measure the data loaders."""
+    from paperscale.bench.run import run
+
+    return run(args)
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    """Check the machine: exit 0 all well, 1 with warnings, 2 with failures."""
+    from paperscale.doctor import checks
+
+    found = list(checks(args.cluster, args.data))
+    if args.json:
+        print(json.dumps([vars(check) for check in found], indent=1))
+    else:
+        for check in found:
+            print(f"{check.level:5} {check.name:13} {check.found}" + (f"\n      -> {check.fix}" if check.fix else ""))
+    levels = {check.level for check in found}
+    return 2 if "FAIL" in levels else 1 if "WARN" in levels else 0
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """Run the demonstration."""
+    from paperscale.demo import demo
+
+    return demo(args.cluster)
+
+
+def run_completion(args: argparse.Namespace) -> int:
+    """Print the completion script."""
+    import argcomplete
+
+    print(argcomplete.shellcode(["paperscale"], shell=args.shell))
+    return FINISHED
