@@ -9,26 +9,14 @@ import shutil
 import signal
 import subprocess
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from paperscale.errors import UserError
+from paperscale.jobs import queue
 from paperscale.jobs.profile import Profile
+from paperscale.jobs.queue import JobState
 from paperscale.jobs.run import Run, RunInfo
-
-
-@dataclass(frozen=True)
-class JobState:
-    """What is known of a job.
-
-    Attributes:
-        state: ``queued``, ``running``, ``gone``, or ``unknown`` where the scheduler does not answer.
-        detail: the engine's own words, with the reason of a wait.
-    """
-
-    state: str
-    detail: str
 
 
 class EngineInterface(Protocol):
@@ -98,19 +86,7 @@ class Slurm:
 
     def state(self, job: str) -> JobState:
         """Ask squeue; no answer means unknown, not gone."""
-        try:
-            result = subprocess.run(
-                ["squeue", "-h", "-j", job, "-o", "%T|%r"], capture_output=True, text=True, timeout=15
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return JobState("unknown", "squeue does not answer")
-        if result.returncode and "Invalid job id" not in result.stderr:
-            return JobState("unknown", _last_line(result.stderr))
-        state, _, reason = result.stdout.strip().partition("|")
-        if not state:
-            return JobState("gone", "not in the queue")
-        waiting = state in ("PENDING", "CONFIGURING", "REQUEUED", "SUSPENDED")
-        return JobState("queued" if waiting else "running", state if reason == "None" else f"{state} ({reason})")
+        return queue.state(job)
 
     def interrupt(self, run: Run, number: signal.Signals) -> None:
         """Signal the job's steps."""

@@ -49,6 +49,10 @@ class RunInfo:
         created: Unix time.
         command: what the user typed.
         workdir: the directory it was typed in.
+        gpus_per_node: GPUs of each node, 0 for none.
+        group: name of the sweep that the run belongs to, empty for none; its W&B group.
+        after: name of the run whose end this one waits for, empty for none.
+        repeat: jobs of the train that carries the run, one after another.
     """
 
     name: str
@@ -61,6 +65,10 @@ class RunInfo:
     created: float
     command: str
     workdir: str
+    gpus_per_node: int = 0
+    group: str = ""
+    after: str = ""
+    repeat: int = 1
 
 
 @dataclass(frozen=True)
