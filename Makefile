@@ -31,6 +31,7 @@ lint: setup ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy --strict cluster/dev/devcluster
 
 format: setup ## put the code into format
 	$(BIN)/ruff check --fix .

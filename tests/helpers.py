@@ -181,3 +181,63 @@ class PlainLog(ResNetClassifier):
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self.log("test/mean_label", batch["label"].float().mean(), batch_size=len(batch["label"]))
+
+
+class HangAt(Callback):
+    """Stands still at a step of the first attempt, as a deadlock does.
+
+    Args:
+        step: optimizer steps before it.
+        rank: the rank that hangs.
+        where: ``forward``, or ``data`` before the batch is there.
+    """
+
+    def __init__(self, step: int, rank: int, where: str = "forward"):
+        self.step, self.rank, self.where = step, rank, where
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._hang(trainer, "forward")
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self._hang(trainer, "data")
+
+    def _hang(self, trainer: Trainer, where: str) -> None:
+        first = trainer.default_root_dir.endswith("0001")
+        if first and where == self.where and (trainer.global_step, trainer.global_rank) == (self.step, self.rank):
+            time.sleep(3600)
+
+
+class SlowRank(Callback):
+    """Makes one rank slow, as a node that throttles does.
+
+    Args:
+        rank: the rank.
+        seconds: more for each of its steps.
+    """
+
+    def __init__(self, rank: int, seconds: float):
+        self.rank, self.seconds = rank, seconds
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_rank == self.rank:
+            time.sleep(self.seconds)
+
+
+BUILT_ON: list[str] = []
+"""The devices that the classifiers below were made on."""
+
+
+class Noted(ResNetClassifier):
+    """Notes the device of its weights."""
+
+    def __init__(self, network: torch.nn.Module, lr: float = 0.1, classes: int = 8):
+        super().__init__(network, lr, classes=classes)
+        BUILT_ON.append(str(next(self.parameters()).device))
+
+
+class Computing(Noted):
+    """Looks at its weights in the constructor."""
+
+    def __init__(self, network: torch.nn.Module, lr: float = 0.1, classes: int = 8):
+        super().__init__(network, lr, classes)
+        self.largest = float(next(self.parameters()).detach().abs().max())

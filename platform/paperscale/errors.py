@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import re
 from collections.abc import Iterable
 
 FINISHED = 0
@@ -18,6 +19,14 @@ USER_ERROR = 2
 """The user's input is wrong; the message says what to change."""
 REQUEUE = 75
 """A checkpoint is written; run the same job again (``EX_TEMPFAIL`` of ``sysexits.h``)."""
+LOST = 76
+"""Another rank or the way to it was lost; run the same job again."""
+HUNG = 77
+"""The ranks stood still until the watchdog ended them; run the same job again."""
+BAD_NODE = 78
+"""A node did not pass the preflight; run the same job again without it."""
+SUPERSEDED = 79
+"""A newer attempt has taken over the run; this one ends without a trace."""
 
 
 class UserError(Exception):
@@ -26,6 +35,10 @@ class UserError(Exception):
 
 class Interrupted(Exception):
     """Raised on every rank at the step they agreed on, after the checkpoint is durable."""
+
+
+class LostRank(Exception):
+    """Another rank, or the way to it, was lost: not this rank's failure, and worth another attempt."""
 
 
 class Superseded(Exception):
@@ -38,6 +51,23 @@ _OF_THE_DISK = {
     errno.EACCES: "choose a folder that you may write to",
     errno.EROFS: "choose a folder that is not read-only",
 }
+
+
+_LOST = re.compile(
+    r"connection (?:closed|reset|refused|was likely closed)|broken pipe|timed out waiting|socket timeout|no route to host"
+    r"|connectfullmesh|remote process exited|network error|unhandled system error|failed to recv|watchdog caught",
+    re.IGNORECASE,
+)
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Return whether an error tells of another rank's end, in the words of gloo, NCCL or torch's store."""
+    if isinstance(error, LostRank):
+        return True
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if "DistError" in names:
+        return True
+    return type(error) is RuntimeError and bool(_LOST.search(str(error)))
 
 
 def is_users_mistake(error: BaseException) -> bool:

@@ -7,43 +7,17 @@ import time
 
 import pytest
 
-from helpers import equal, final_state, rows, trained_samples, wait_for
-from jobs.conftest import callback, ended, submit_tiny  # noqa: F401  a fixture
+from cluster.conftest import NO_WANDB
+from cluster.life import as_uninterrupted, at_least, log
+from helpers import equal, final_state, rows, wait_for
+from jobs.conftest import callback, ended
 from paperscale.cli import main
 from paperscale.errors import UserError
 from paperscale.jobs.drill import preempt
-from paperscale.jobs.run import Run
 from paperscale.jobs.status import cancel, status
 from paperscale.tracking.wandb_files import read_runs
 
 pytestmark = pytest.mark.slurm
-
-_whole: list[Run] = []
-NO_WANDB = "tracking.enabled=false"
-
-
-@pytest.fixture
-def submit(submit_tiny):  # noqa: F811
-    """Submit the tiny recipe to two nodes of one process each."""
-
-    def submit_it(name: str, *words: str, **options: object) -> Run:
-        return submit_tiny(name, *words, **{"cluster": "slurm-dev", "nodes": 2, "procs_per_node": 1, **options})
-
-    return submit_it
-
-
-@pytest.fixture
-def whole(submit) -> Run:
-    """The uninterrupted run on two nodes, trained once for all tests."""
-    if not _whole:
-        run = submit("whole", NO_WANDB)
-        assert ended(run) == "finished"
-        _whole.append(run)
-    return _whole[0]
-
-
-def at_least(run: Run, step: int) -> None:
-    wait_for(lambda: run.read_json("progress.json").get("step", 0) >= step, what=f"step {step} of {run.name}")
 
 
 def nodes_are_back() -> bool:
@@ -53,26 +27,12 @@ def nodes_are_back() -> bool:
     return not any(word in states for word in ("down", "drain", "unknown"))
 
 
-def log(run: Run) -> str:
-    return (run.path / "job.log").read_text()
-
-
-def continued(run: Run, whole: Run) -> None:
-    """The run's second attempt went on where the first stopped, and all is as if it had not been interrupted."""
-    assert ended(run) == "finished", log(run)
-    assert len(run.attempts()) == 2, log(run)
-    assert run.attempts()[1].facts["resumed_from"] is not None
-    assert equal(final_state(run), final_state(whole)), "bit for bit"
-    assert rows(run) == rows(whole)
-    assert trained_samples(run) == trained_samples(whole)
-
-
 def test_preempted_by_a_signal_to_every_process(submit, whole):
     """`scancel --signal=TERM` reaches ranks and W&B's service; SLURM runs the job again; one W&B run, no row lost."""
     run = submit("preempted", callbacks=(callback("Slowly", seconds=0.2),))
     at_least(run, 4)
     preempt(run)
-    continued(run, whole)
+    as_uninterrupted(run, whole)
     assert run.attempts()[0].exit_code == 75
     segments = read_runs(run.path / "wandb")
     assert {(segment.run_id, segment.name) for segment in segments} == {(run.info.wandb_id, "preempted")}
@@ -86,13 +46,13 @@ def test_fact_1_ranks_that_are_half_a_second_apart_do_not_deadlock(submit, whole
     """The time limit's signal, USR1, finds the ranks at different places."""
     skew = callback("SkewedSignal", step=6, signal="SIGUSR1", seconds=0.5)
     run = submit("skewed", NO_WANDB, callbacks=(skew,))
-    continued(run, whole)
+    as_uninterrupted(run, whole)
     assert run.attempts()[0].facts["reason"].startswith("SIGUSR1")
 
 
 def test_fact_2_sigterm_to_one_rank_only_stops_all(submit, whole):
     run = submit("one-rank", NO_WANDB, callbacks=(callback("SignalAt", step=11, rank=1),))
-    continued(run, whole)
+    as_uninterrupted(run, whole)
     assert run.attempts()[0].facts["reason"] == "SIGTERM to rank 1"
 
 
@@ -102,7 +62,7 @@ def test_fact_3_a_terminated_training_is_not_taken_for_a_finished_one(submit, wh
     at_least(run, 4)
     urgent = ["sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "srun sleep 2"]
     subprocess.run(urgent, check=True, capture_output=True)
-    continued(run, whole)
+    as_uninterrupted(run, whole)
     assert run.attempts()[0].exit_code == 75
 
 
@@ -116,7 +76,7 @@ def test_fact_4_a_signal_before_the_training_does_no_harm(submit, whole):
     run = submit("early", NO_WANDB, callbacks=(callback("Slowly", seconds=0.2),))
     wait_for(lambda: run.attempts() and run.attempts()[0].log().exists(), what="first line of the log")
     preempt(run)
-    continued(run, whole)
+    as_uninterrupted(run, whole)
 
 
 def test_fact_5_a_run_on_lost_nodes_continues_from_its_newest_checkpoint(submit, whole, tiny_recipe):
@@ -130,7 +90,7 @@ def test_fact_5_a_run_on_lost_nodes_continues_from_its_newest_checkpoint(submit,
         wait_for(lambda: status(run).state == "queued", 60, "the run is requeued")
     finally:
         wait_for(nodes_are_back, 60, "the node is up again")
-    continued(run, whole)
+    as_uninterrupted(run, whole)
 
 
 def test_a_time_limit_is_a_pause_not_an_end(submit, whole):
@@ -162,7 +122,7 @@ def test_cancel_and_resume(submit, whole, capsys):
     cancel(run)
     assert ended(run) == "cancelled"
     assert main(["resume", "cancelled"]) == 0
-    continued(run, whole)
+    as_uninterrupted(run, whole)
 
 
 def test_status_of_a_waiting_job_says_why(submit, capsys):
@@ -215,6 +175,6 @@ def test_slurm_knows_the_run_by_its_name_and_keeps_its_log_over_attempts(submit,
     run = submit("named", NO_WANDB, callbacks=(callback("SignalAt", step=5),))
     names = subprocess.run(["squeue", "-h", "-j", run.job, "-o", "%j"], capture_output=True, text=True).stdout.split()
     assert names == ["named"]
-    continued(run, whole)
+    as_uninterrupted(run, whole)
     assert "attempt 1 on" in log(run)
     assert "attempt 2 on" in log(run)

@@ -11,7 +11,7 @@ from helpers import wait_for
 from paperscale.jobs.engines import ENGINES
 from paperscale.jobs.run import Run
 from paperscale.jobs.status import LIVE, status
-from paperscale.jobs.submit import Shape, submit
+from paperscale.jobs.submit import Shape, Turn, submit
 from paperscale.recipes import RecipeArguments
 
 Submit = Callable[..., Run]
@@ -24,11 +24,13 @@ def submit_tiny(runs: Path, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tiny_recipe.parent)
     submitted: list[Run] = []
 
-    def submit_it(name: str, *words: str, callbacks: tuple[str, ...] = (), **shape: object) -> Run:
+    def submit_it(
+        name: str, *words: str, callbacks: tuple[str, ...] = (), turn: Turn | None = None, **shape: object
+    ) -> Run:
         listed = ", ".join(["{class_path: helpers.SampleLog}", *callbacks])
         arguments = RecipeArguments.parse([str(tiny_recipe), f"trainer.callbacks=[{listed}]", *words])
         asked = Shape(**{"cluster": "local", "procs_per_node": 2, **shape})  # type: ignore[arg-type]
-        run = submit(arguments, asked, name, False, "test")
+        run = submit(arguments, asked, name, False, "test", turn)
         assert isinstance(run, Run)
         submitted.append(run)
         return run

@@ -66,7 +66,7 @@ def test_an_error_is_not_run_again(submit_tiny):
     assert len(run.attempts()) == 1
     assert "ZeroDivisionError" in run.attempts()[0].log().read_text()
     said = (run.path / "job.log").read_text()
-    assert re.search(r"failed for good \(exit code 1\): rank [01]: ZeroDivisionError: division by zero", said)
+    assert re.search(r"failed for good \(exit code 1\): rank [01] on \S+: ZeroDivisionError: division by zero", said)
     assert "ZeroDivisionError: division by zero" in status(run).detail
 
 
@@ -74,10 +74,10 @@ def test_the_rank_that_failed_first_is_named(submit_tiny, own_shards, capsys):
     """The other ranks only report a lost connection."""
     run = submit_tiny("damaged", "tracking.enabled=false", f"data.path={own_shards}", callbacks=(callback("Damage"),))
     assert ended(run) == "failed"
-    assert "rank 1: " in status(run).detail
+    assert "rank 1 on " in status(run).detail
     assert "train-000000.tar: sample" in status(run).detail
     print_log(run, rank=0, attempt=None, forever=False)
-    assert "--- attempt 1 failed first on rank 1: " in capsys.readouterr().out
+    assert "--- attempt 1 failed first on rank 1 on " in capsys.readouterr().out
 
 
 def test_a_plain_log_in_evaluation_is_the_mean_over_all_samples(submit_tiny):

@@ -1,21 +1,38 @@
-"""Commands about runs: resume, runs, status, logs, cancel, drill."""
+"""Commands about runs: resume, runs, status, watch, logs, checkpoint, cancel, diff, drill."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
-from typing import Any
+import math
+import sys
+from typing import TYPE_CHECKING, Any
 
 from paperscale.cli.options import (
     Add,
+    Parser,
+    complete_clusters,
+    complete_groups,
+    complete_recipes,
+    complete_runs,
+    complete_states,
+    console,
     find,
+    position,
     positive,
-    print_table,
     run_argument,
     shape_options,
 )
-from paperscale.errors import FINISHED
+from paperscale.errors import FAILED, FINISHED, UserError
+
+if TYPE_CHECKING:
+    from paperscale.jobs.run import Run
+
+_NEWEST = 50  # runs that are listed on a terminal
+_WIDE = 130  # columns of a terminal that hold the whole table of runs
+_LESS_IMPORTANT = ("cluster", "attempts", "loss", "created")
+_WAIT_S = 120
+_SORTS = ("created", "name", "recipe", "cluster", "state", "attempts", "step", "loss")
 
 
 def add_commands(add: Add) -> None:
@@ -23,17 +40,30 @@ def add_commands(add: Add) -> None:
     resume = add("resume", run_resume, "continue a run that was stopped, on the same or another number of nodes")
     run_argument(resume)
     shape_options(resume)
-    runs = add("runs", run_runs, "list the runs")
-    runs.add_argument("--json", action="store_true", help="print JSON")
+    _add_runs(add("runs", run_runs, "list the runs"))
     status = add("status", run_status, "show what a run is doing")
     run_argument(status)
+    status.add_argument(
+        "--verify", action="store_true", help="hash the newest checkpoint's files, not only their sizes"
+    )
     status.add_argument("--json", action="store_true", help="print JSON")
-    logs = add("logs", run_logs, "print a run's log")
-    run_argument(logs)
-    logs.add_argument("-f", "--follow", action="store_true", help="go on as it grows, into later attempts")
-    logs.add_argument("--rank", type=int, default=0, help="rank (default: 0)")
-    logs.add_argument("--attempt", type=positive, help="attempt (default: the last)")
-    run_argument(add("cancel", run_cancel, "end a run for good"))
+    watch = add("watch", run_watch, "show runs as they train: one in detail, or several in a table; q ends it")
+    _several_runs(watch, "runs (default: all that are alive)")
+    watch.add_argument("--once", action="store_true", help="print what there is now and end")
+    _add_logs(add("logs", run_logs, "print a run's log"))
+    checkpoint = add("checkpoint", run_checkpoint, "let a running job write a checkpoint now")
+    run_argument(checkpoint)
+    _wait_option(checkpoint, "the checkpoint")
+    cancel = add("cancel", run_cancel, "end runs for good")
+    _several_runs(cancel, "runs")
+    cancel.add_argument("--group", help="all runs of this sweep that are alive").completer = complete_groups  # type: ignore[attr-defined]
+    cancel.add_argument("--save", action="store_true", help="write a checkpoint first, and wait for the end")
+    _wait_option(cancel, "the end, with --save")
+    diff = add("diff", run_diff, "show what two runs differ in: recipe, cluster, code, results")
+    run_argument(diff)
+    run_argument(diff, "other_name", "OTHER")
+    diff.add_argument("--code", action="store_true", help="print the differences of the code as a patch, nothing else")
+    diff.add_argument("--json", action="store_true", help="print JSON")
     drill = add("drill", run_drill, "make a fault happen to a running job, to see it recover")
     run_argument(drill)
     drill.add_argument(
@@ -41,6 +71,47 @@ def add_commands(add: Add) -> None:
         choices=["preempt"],
         help="preempt: the signal that a scheduler sends before it takes the nodes",
     )
+
+
+def _add_runs(runs: Parser) -> None:
+    pattern = runs.add_argument("pattern", metavar="PATTERN", nargs="?", default="", help="part of the name, or a glob")
+    pattern.completer = complete_runs  # type: ignore[attr-defined]
+    runs.add_argument("--state", metavar="STATE,...", help="running, queued, failed, ...").completer = complete_states  # type: ignore[attr-defined]
+    runs.add_argument("--cluster", help="on this cluster").completer = complete_clusters  # type: ignore[attr-defined]
+    runs.add_argument("--group", help="of this sweep").completer = complete_groups  # type: ignore[attr-defined]
+    runs.add_argument("--recipe", help="of this recipe").completer = complete_recipes  # type: ignore[attr-defined]
+    runs.add_argument("--since", metavar="WHEN", help="created within 12h, 2d, 1w, or since a date")
+    runs.add_argument("--sort", choices=_SORTS, default="created", help="order (default: created, newest first)")
+    runs.add_argument("--reverse", action="store_true", help="turn the order round")
+    runs.add_argument("--limit", type=positive, metavar="N", help=f"at most N (default: {_NEWEST} on a terminal)")
+    runs.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_logs(logs: Parser) -> None:
+    run_argument(logs)
+    logs.add_argument("-f", "--follow", action="store_true", help="go on as it grows, into later attempts")
+    logs.add_argument("--rank", type=_rank, default=0, metavar="N|all", help="rank (default: 0)")
+    logs.add_argument("--node", type=position, metavar="N", help="all ranks of this node, from 0")
+    logs.add_argument("--attempt", type=positive, metavar="K", help="attempt (default: the last)")
+    logs.add_argument("--job", action="store_true", help="what the job script said, over all attempts")
+    logs.add_argument("--tail", type=positive, metavar="N", help="only the last N lines")
+    logs.add_argument("--grep", default="", metavar="REGEX", help="only lines that match")
+
+
+def _rank(text: str) -> int | None:
+    return None if text == "all" else position(text)
+
+
+def _several_runs(parser: Parser, help: str) -> None:
+    runs = parser.add_argument("run_names", metavar="RUN", nargs="*", help=help)
+    runs.completer = complete_runs  # type: ignore[attr-defined]
+
+
+def _wait_option(parser: Parser, what: str) -> None:
+    parser.add_argument(
+        "--timeout", type=positive, default=_WAIT_S, metavar="S", help=f"seconds to wait for {what} (default {_WAIT_S})"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run_resume(args: argparse.Namespace) -> int:
@@ -61,85 +132,184 @@ def run_resume(args: argparse.Namespace) -> int:
 
 def run_runs(args: argparse.Namespace) -> int:
     """List the runs."""
-    from paperscale.jobs.run import all_runs, runs_dir
-    from paperscale.jobs.status import status
+    from paperscale.jobs.listing import COLUMNS, Wanted, listing
+    from paperscale.jobs.run import runs_dir
 
-    found = [(run, status(run)) for run in all_runs()]
+    terminal = sys.stdout.isatty() and not args.json
+    wanted = Wanted(
+        pattern=args.pattern,
+        states=tuple(args.state.split(",")) if args.state else (),
+        cluster=args.cluster or "",
+        group=args.group or "",
+        recipe=args.recipe or "",
+        since=args.since or "",
+        sort=args.sort,
+        reverse=args.reverse,
+        limit=args.limit or (_NEWEST if terminal else None),
+    )
+    rows, total = listing(wanted)
     if args.json:
-        rows = [{"name": run.name, "state": now.state, **now.progress, "results": now.results} for run, now in found]
-        print(json.dumps(rows, indent=1))
-        return FINISHED
-    if not found:
-        print(f"no runs in {runs_dir()}; `paperscale submit resnet20-mnist` makes one")
-        return FINISHED
-    rows_text = []
-    for run, now in found:
-        p, info = now.progress, run.info
-        shape = f"{info.cluster} {info.nodes} x {info.procs_per_node}"
-        step = f"{p['step']}/{p['total_steps']}" if p else "-"
-        score = ", ".join(f"{k} {v:.4f}" for k, v in now.results.items() if k.startswith("test/"))
-        rows_text.append((run.name, now.state, shape, str(len(run.attempts())), step, score or now.detail))
-    print_table(["run", "state", "cluster", "attempts", "step", "result or reason"], rows_text)
+        _print_json([row.to_json() for row in rows])
+    elif not rows:
+        fits = "" if wanted == Wanted(limit=wanted.limit) else " that fit"
+        print(f"no runs{fits} in {runs_dir()}; `paperscale submit resnet20-mnist` makes one", file=sys.stderr)
+    elif terminal:
+        _print_runs(COLUMNS, [row.cells() for row in rows])
+        if total > len(rows):
+            print(f"{total - len(rows):,} more; see --limit, --state, --since")
+    else:
+        for cells in [COLUMNS, *(row.cells() for row in rows)]:
+            print("\t".join(cells))
     return FINISHED
+
+
+def _print_runs(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """Print the table; a narrow terminal gets the columns that matter most."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    from paperscale.jobs.words import COLOURS
+
+    terminal = console()
+    shown = [i for i, name in enumerate(columns) if terminal.width >= _WIDE or name not in _LESS_IMPORTANT]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for i in shown:
+        table.add_column(columns[i], overflow="fold", no_wrap=0 < i < len(columns) - 1)
+    for row in rows:
+        style = COLOURS[row[columns.index("state")]]
+        table.add_row(*(Text(row[i], style=style if columns[i] == "state" else "") for i in shown))
+    terminal.print(table)
 
 
 def run_status(args: argparse.Namespace) -> int:
     """Show one run."""
-    from paperscale.jobs.status import status
-    from paperscale.training.checkpoint import all_checkpoints
+    from paperscale.jobs.report import lines, report
 
-    run = find(args)
-    now, info, attempts = status(run), run.info, run.attempts()
-    newest = all_checkpoints(run.checkpoints)
-    facts: dict[str, Any] = {
-        "run": run.name,
-        "state": now.state,
-        "detail": now.detail,
-        "job": run.job,
-        "cluster": info.cluster,
-        "processes": f"{info.nodes} x {info.procs_per_node}",
-        "attempts": len(attempts),
-        "checkpoint": newest[0].name if newest else None,
-        "wandb id": info.wandb_id,
-        "directory": str(run.path),
-    }
-    if now.progress:
-        p = now.progress
-        facts |= {
-            "step": f"{p['step']}/{p['total_steps']}",
-            "epoch": p["epoch"],
-            "samples": p["consumed"],
-            "loss": p["loss"],
-            "samples/s": p["samples_per_s"],
-        }
-        if now.state == "running":
-            facts |= {"left": f"{p['eta_s']} s", "heartbeat": f"{time.time() - p['time']:.0f} s ago"}
-    facts |= {name: value for name, value in now.results.items() if "/" in name}
+    facts = report(find(args), verify=args.verify)
     if args.json:
-        print(json.dumps(facts, indent=1))
+        _print_json(facts)
         return FINISHED
-    for name, value in facts.items():
-        if value not in (None, ""):
-            print(f"{name:14} {value:.4f}" if isinstance(value, float) else f"{name:14} {value}")
+    for name, value in lines(facts):
+        print(f"{name:14} {value}")
+    return FINISHED
+
+
+def run_watch(args: argparse.Namespace) -> int:
+    """Watch runs."""
+    from paperscale.jobs.watch import watch
+
+    watch(_find_all(args.run_names), args.once)
     return FINISHED
 
 
 def run_logs(args: argparse.Namespace) -> int:
     """Print a log."""
-    from paperscale.jobs.status import print_log
+    from paperscale.jobs.status import follow_job, print_log
 
-    print_log(find(args), args.rank, args.attempt, args.follow)
+    run = find(args)
+    if args.job:
+        for text in follow_job(run, args.follow, args.tail, args.grep):
+            print(text, end="", flush=True)
+        return FINISHED
+    rank = None if args.node is not None else args.rank
+    print_log(run, rank, args.attempt, args.follow, node=args.node, tail=args.tail, grep=args.grep)
+    return FINISHED
+
+
+def run_checkpoint(args: argparse.Namespace) -> int:
+    """Write a checkpoint now."""
+    from paperscale.jobs.switches import save
+
+    run = find(args)
+    name = save(run, args.timeout, _tell)
+    if args.json:
+        _print_json({"run": run.name, "checkpoint": name})
+    else:
+        print(f"{run.name} has written {name}")
     return FINISHED
 
 
 def run_cancel(args: argparse.Namespace) -> int:
-    """Cancel a run."""
-    from paperscale.jobs.status import cancel
+    """Cancel runs: all that can be, whatever becomes of the others."""
+    from paperscale.jobs.status import LIVE, cancel, read_all, statuses
+    from paperscale.jobs.switches import newest, save_and_cancel
 
-    run = find(args)
-    cancel(run)
-    print(f"cancelled {run.name}; its checkpoints stay in {run.checkpoints}")
+    runs = _find_all(args.run_names)
+    if args.group:
+        runs += [run for run in _in_group(args.group) if run not in runs]
+    if not runs:
+        raise UserError(
+            "name the runs to cancel, or a sweep with --group; `paperscale runs --state running` lists them"
+        )
+    facts = read_all(runs)
+    done: list[dict[str, Any]] = []
+    for run, now in zip([f.run for f in facts], statuses(facts), strict=True):
+        if args.group and now.state not in LIVE and run.name not in args.run_names:
+            continue
+        one = {"run": run.name, "cancelled": True, "checkpoint": None, "warning": "", "error": ""}
+        try:
+            if args.save:
+                save_and_cancel(run, now, args.timeout, _tell)
+            else:
+                one["warning"] = cancel(run, now)
+        except UserError as error:
+            one |= {"cancelled": run.cancelled and now.state in LIVE, "error": str(error)}
+        done.append({**one, "checkpoint": newest(run) or None})
+    return _say_cancelled(done, args.json)
+
+
+def _say_cancelled(done: list[dict[str, Any]], as_json: bool) -> int:
+    """Print what became of each run; return the exit code.
+
+    Raises:
+        UserError: it went wrong for the only one.
+    """
+    errors = [one["error"] for one in done if one["error"]]
+    if as_json:
+        _print_json(done)
+        return FAILED if errors else FINISHED
+    if len(done) == 1 and errors:
+        raise UserError(errors[0])
+    for one in done:
+        if one["error"] or one["warning"]:
+            print(f"error: {one['error']}" if one["error"] else f"WARNING {one['warning']}", file=sys.stderr)
+        else:
+            print(
+                f"cancelled {one['run']}; "
+                + (f"its newest checkpoint is {one['checkpoint']}" if one["checkpoint"] else "it has no checkpoint")
+            )
+    if not done:
+        print("no run of the sweep is alive", file=sys.stderr)
+    return FAILED if errors else FINISHED
+
+
+def run_diff(args: argparse.Namespace) -> int:
+    """Compare two runs."""
+    from paperscale.jobs.diff import diff, unified
+    from paperscale.jobs.run import find_run
+
+    first, second = find(args), find_run(args.other_name)
+    if args.code:
+        for line in unified(first, second):
+            print(line, end="")
+        return FINISHED
+    found = diff(first, second)
+    if args.json:
+        _print_json(found)
+        return FINISHED
+    for part in ("recipe", "cluster", "code", "results"):
+        for row in found[part]:
+            print(f"{part}.{row['key']}: {_side(row, 'first')} -> {_side(row, 'second')}")
+    for name in found["files"]:
+        print(f"file {name} differs")
+    if not any(found[part] for part in ("recipe", "cluster", "code", "results", "files")):
+        print(f"{first.name} and {second.name} do not differ")
     return FINISHED
+
+
+def _side(row: dict[str, Any], side: str) -> str:
+    return json.dumps(row[side], default=str) if side in row else "(absent)"
 
 
 def run_drill(args: argparse.Namespace) -> int:
@@ -148,3 +318,41 @@ def run_drill(args: argparse.Namespace) -> int:
 
     print(preempt(find(args)))
     return FINISHED
+
+
+def _find_all(names: list[str]) -> list[Run]:
+    from paperscale.jobs.run import find_run
+
+    return [find_run(name) for name in dict.fromkeys(names)]
+
+
+def _in_group(group: str) -> list[Run]:
+    """Return the runs of a sweep.
+
+    Raises:
+        UserError: there is no such sweep.
+    """
+    from paperscale.jobs.listing import Wanted, listing
+
+    rows, _ = listing(Wanted(group=group))
+    if not rows:
+        raise UserError(f"no run belongs to a sweep '{group}'; `paperscale runs --json` names the group of each")
+    return [row.run for row in rows]
+
+
+def _tell(line: str) -> None:
+    """Say what is waited for, without mixing it into the output."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _print_json(content: Any) -> None:
+    """Print JSON as every reader takes it: a number that is not finite, which JSON has not, becomes null."""
+    print(json.dumps(_finite(content), indent=1))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value

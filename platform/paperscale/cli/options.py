@@ -42,9 +42,9 @@ def recipe_argument(parser: Parser, help: str, completer: Callable[..., list[str
     parser.add_argument("recipe", nargs="+", metavar="RECIPE", help=help).completer = completer  # type: ignore[attr-defined]
 
 
-def run_argument(parser: Parser) -> None:
+def run_argument(parser: Parser, name: str = "run_name", metavar: str = "RUN") -> None:
     """Add the name of a run."""
-    parser.add_argument("run_name", metavar="RUN", help="name of a run, or its path").completer = complete_runs  # type: ignore[attr-defined]
+    parser.add_argument(name, metavar=metavar, help="name of a run, or its path").completer = complete_runs  # type: ignore[attr-defined]
 
 
 def shape_options(parser: Parser) -> None:
@@ -91,6 +91,22 @@ def complete_runs(prefix: str, **_: Any) -> list[str]:
     from paperscale.jobs.run import all_runs
 
     return [run.name for run in all_runs()]
+
+
+def complete_groups(prefix: str, **_: Any) -> list[str]:
+    """Return the names of sweeps."""
+    from paperscale.jobs.run import all_runs, read_json
+
+    infos = (read_json(run.path / "run.json") for run in all_runs())
+    return sorted({info["group"] for info in infos if info.get("group")})
+
+
+def complete_states(prefix: str, **_: Any) -> list[str]:
+    """Return the states of runs, each after those that are given already."""
+    from paperscale.jobs.status import STATES
+
+    given = prefix.rpartition(",")[0]
+    return [f"{given},{state}" if given else state for state in STATES]
 
 
 def complete_clusters(prefix: str, **_: Any) -> list[str]:

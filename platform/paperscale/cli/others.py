@@ -27,8 +27,10 @@ def add_commands(add: Add) -> None:
     _add_bench(add("bench", lambda _: FAILED, "measure Paperscale beside its peers"))
     doctor = add("doctor", run_doctor, "check this machine and its cluster, each finding with its fix")
     doctor.add_argument("--cluster", help="profile that must work").completer = complete_clusters  # type: ignore[attr-defined]
-    doctor.add_argument("--data", type=Path, help="set of shards to verify")
+    doctor.add_argument("--data", metavar="DIR", help="set of shards to verify, a folder or a URL")
+    doctor.add_argument("--quick", action="store_true", help="leave out imports, speeds and W&B's server")
     doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.epilog = "Exit code: 0 if all is well, 1 with warnings, 2 with failures."
     demo = add("demo", run_demo, "see it all: prepare MNIST, submit, interrupt, resume, finish")
     demo.add_argument("--cluster", default="local", help="local, or the profile of a SLURM cluster")
     completion = add(
@@ -50,6 +52,16 @@ def _add_bench(bench: Parser) -> None:
     data.add_argument("--json", action="store_true", help="print the results as JSON instead of tables")
     data.add_argument("--out", type=Path, metavar="DIR", help="write data.md and data.json there")
     data.set_defaults(run=run_bench_data)
+    help = "what it costs at each step that a training can be interrupted"
+    interruption = actions.add_parser("interruption", help=help, allow_abbrev=False)
+    interruption.add_argument("--rounds", type=positive, default=15, help="rounds of every way (default 15)")
+    interruption.add_argument("--steps", type=positive, default=200, help="steps of a training (default 200)")
+    interruption.add_argument("--quick", action="store_true", help="one round of 20 steps: does it work?")
+    interruption.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
+    interruption.add_argument(
+        "--out", type=Path, metavar="DIR", help="write interruption.md and interruption.json there"
+    )
+    interruption.set_defaults(run=run_bench_interruption)
 
 
 def run_recipes(args: argparse.Namespace) -> int:
@@ -94,18 +106,26 @@ def run_bench_data(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def run_bench_interruption(args: argparse.Namespace) -> int:
+    """Measure what agreement on a stop costs."""
+    from paperscale.bench.interruption import run
+
+    return run(args)
+
+
 def run_doctor(args: argparse.Namespace) -> int:
     """Check the machine: exit 0 all well, 1 with warnings, 2 with failures."""
-    from paperscale.doctor import checks
+    from paperscale.doctor import Asked, checks, exit_code
 
-    found = list(checks(args.cluster, args.data))
+    found = []
+    for check in checks(Asked(args.cluster, args.data, args.quick)):
+        found.append(check)
+        if not args.json:
+            line = f"{check.level:5} {check.name:18} {check.found}"
+            print(line + (f"\n      -> {check.fix}" if check.fix else ""), flush=True)
     if args.json:
         print(json.dumps([vars(check) for check in found], indent=1))
-    else:
-        for check in found:
-            print(f"{check.level:5} {check.name:13} {check.found}" + (f"\n      -> {check.fix}" if check.fix else ""))
-    levels = {check.level for check in found}
-    return 2 if "FAIL" in levels else 1 if "WARN" in levels else 0
+    return exit_code(found)
 
 
 def run_demo(args: argparse.Namespace) -> int:

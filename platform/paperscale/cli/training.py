@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from paperscale.cli.options import (
     Add,
     Parser,
     complete_clusters,
     complete_recipes,
+    complete_runs,
+    positive,
     recipe_argument,
     shape_options,
     typed,
 )
-from paperscale.errors import FINISHED
+from paperscale.errors import FINISHED, UserError
+
+if TYPE_CHECKING:
+    from paperscale.jobs.submit import Shape, Turn
+    from paperscale.recipes import RecipeArguments
 
 
 def add_commands(add: Add) -> None:
@@ -36,8 +43,20 @@ def add_commands(add: Add) -> None:
     submit.add_argument("--cluster", default="local", help="profile of the cluster (default: local)").completer = (  # type: ignore[attr-defined]
         complete_clusters
     )
-    submit.add_argument("--name", help="name of the run (default: the recipe's)")
+    submit.add_argument("--name", help="name of the run, or of the sweep (default: the recipe's)")
     submit.add_argument("--dry-run", action="store_true", help="print the job script; submit nothing")
+    submit.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="KEY=VALUES",
+        help="a run for each value, 'model.lr=[0.1,0.01]' or 'seed_everything=range(5)'; again for a further key",
+    )
+    submit.add_argument("--max-parallel", type=positive, metavar="K", help="runs of a sweep at once")
+    submit.add_argument("--after", metavar="RUN", help="start when that run has finished").completer = complete_runs  # type: ignore[attr-defined]
+    submit.add_argument(
+        "--repeat", type=positive, default=1, metavar="N", help="a train of up to N jobs, for short time limits"
+    )
 
 
 def _checkpoint_option(parser: Parser) -> Parser:
@@ -84,17 +103,38 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 
 def run_submit(args: argparse.Namespace) -> int:
-    """Submit a job."""
-    from paperscale.jobs.submit import Shape, submit
+    """Submit a job, or one for each combination of a sweep."""
+    from paperscale.jobs.submit import Shape, Turn, submit
     from paperscale.recipes import RecipeArguments
 
     shape = Shape(args.cluster, args.nodes, args.procs_per_node, args.gpus_per_node, args.time)
-    recipe = RecipeArguments.parse(args.recipe)
-    result = submit(recipe, shape, args.name, args.dry_run, typed(args))
+    recipe, turn = RecipeArguments.parse(args.recipe), Turn(args.after, args.repeat)
+    if args.sweep:
+        return _submit_sweep(args, recipe, shape, turn)
+    if args.max_parallel:
+        raise UserError("--max-parallel is for sweeps: give --sweep KEY=VALUES too, or leave it out")
+    result = submit(recipe, shape, args.name, args.dry_run, typed(args), turn)
     if isinstance(result, str):
         print(result, end="")
         return FINISHED
     print(f"submitted {result.name} to {args.cluster} as job {result.job}")
     print(f"  paperscale logs {result.name} -f      follow it")
     print(f"  paperscale status {result.name}       see how far it is")
+    return FINISHED
+
+
+def _submit_sweep(args: argparse.Namespace, recipe: RecipeArguments, shape: Shape, turn: Turn) -> int:
+    from paperscale.jobs.sweep import submit_sweep
+
+    result = submit_sweep(
+        recipe, shape, args.name, args.dry_run, typed(args), args.sweep, at_most=args.max_parallel, turn=turn
+    )
+    if isinstance(result, str):
+        print(result, end="")
+        return FINISHED
+    by = f" as array {', '.join(result.jobs)}" if result.jobs else ""
+    bound = f", at most {result.at_most} at once" if result.at_most else ""
+    names = f"{result.runs[0].name} to {result.runs[-1].name}"
+    print(f"submitted {len(result.runs)} runs, {names}, to {args.cluster}{by}{bound}")
+    print(f"  paperscale runs --group {result.name}      see how far they are")
     return FINISHED

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 import time
@@ -17,6 +16,13 @@ from paperscale.jobs import queue
 from paperscale.jobs.profile import Profile
 from paperscale.jobs.queue import JobState
 from paperscale.jobs.run import Run, RunInfo
+
+WAITING = "waiting:"
+"""Opens the id of a job on this machine that another process will start when its turn comes."""
+NEVER = "0@never"
+"""The id of a job that was given up before it started."""
+
+_DEFAULTS = ("account", "partition", "qos", "reservation", "constraint")  # that a user may set for all of their jobs
 
 
 class EngineInterface(Protocol):
@@ -43,46 +49,13 @@ class Slurm:
 
     def check(self, profile: Profile, info: RunInfo) -> None:
         """Compare what is asked for with what the partition has."""
-        if shutil.which("sbatch") is None:
-            raise UserError(
-                f"cluster '{profile.name}' needs sbatch, which is not on PATH: run this on a login node of "
-                "the cluster, or use --cluster local"
-            )
-        columns = "%R|%D|%c|%m|%l"
-        chosen = ["-p", profile.partition] if profile.partition else []
-        result = _run("sinfo", "-h", "-o", columns, *chosen)
-        rows = [line.split("|") for line in result.stdout.splitlines()]
-        if not rows and profile.partition:
-            partitions = " ".join(_run("sinfo", "-h", "-o", "%R").stdout.split())
-            raise UserError(
-                f"cluster '{profile.name}': no partition '{profile.partition}'; this cluster has {partitions}"
-            )
-        if profile.partition:
-            self._check_size(profile, info, rows)
+        from paperscale.jobs.cluster import refuse  # brings jinja, which looking at runs has no use for
 
-    @staticmethod
-    def _check_size(profile: Profile, info: RunInfo, rows: list[list[str]]) -> None:
-        have_nodes = sum(int(row[1]) for row in rows)
-        have_cpus = max(int(row[2].rstrip("+")) for row in rows)
-        where = f"partition '{profile.partition}' of cluster '{profile.name}'"
-        if info.nodes > have_nodes:
-            raise UserError(
-                f"{info.nodes} nodes asked for, {where} has {have_nodes}; use --nodes {have_nodes} or fewer"
-            )
-        need = info.procs_per_node * profile.cpus_per_proc
-        if need > have_cpus:
-            raise UserError(
-                f"{info.procs_per_node} processes of {profile.cpus_per_proc} CPUs on a node asked for, a node of "
-                f"{where} has {have_cpus} CPUs; lower --procs-per-node or the profile's cpus_per_proc"
-            )
-        longest = max(seconds(row[4]) for row in rows)
-        if seconds(profile.time) > longest:
-            raise UserError(f"time {profile.time} asked for, {where} allows {rows[0][4]}; use --time {rows[0][4]}")
+        refuse(profile, info.nodes, info.procs_per_node)
 
     def submit(self, run: Run) -> str:
         """Queue the script."""
-        result = _run("sbatch", "--parsable", str(run.script))
-        return result.stdout.strip().split(";")[0]
+        return sbatch(run.script)
 
     def state(self, job: str) -> JobState:
         """Ask squeue; no answer means unknown, not gone."""
@@ -114,24 +87,29 @@ class Local:
         return process_id(process.pid)
 
     def state(self, job: str) -> JobState:
-        """Look for the process."""
-        pid, _, started = job.partition("@")
-        alive = _started(int(pid)) == started
-        return JobState("running", f"process {pid}") if alive else JobState("gone", "process ended")
+        """Look for the process, or for the one that will start the job when its turn comes."""
+        pid, _, started = job.removeprefix(WAITING).partition("@")
+        if _started(int(pid)) != started:
+            return JobState("gone", "process ended")
+        waits = job.startswith(WAITING)
+        return JobState("queued", "waits for its turn") if waits else JobState("running", f"process {pid}")
 
     def interrupt(self, run: Run, number: signal.Signals) -> None:
-        """Signal the launcher, which passes it on to every rank."""
+        """Signal the node's agent, which passes it on to every rank."""
         attempts = run.attempts()
         try:
             if run.info.engine == "here":
                 os.kill(int((run.job or "").partition("@")[0]), number)
                 return
-            os.kill(int((attempts[-1].path / "launcher.pid").read_text()), number)
+            os.kill(int((attempts[-1].path / "agent-0.pid").read_text()), number)
         except (OSError, IndexError, ValueError) as error:
             raise UserError(f"run '{run.name}' has no processes at the moment; try again") from error
 
     def cancel(self, run: Run) -> None:
         """Let the training checkpoint and end; end by force what does not."""
+        if (run.job or "").startswith(WAITING):
+            run.set_job(NEVER)
+            return
         with contextlib.suppress(UserError):
             self.interrupt(run, signal.SIGTERM)
         deadline = time.monotonic() + 30
@@ -163,14 +141,36 @@ def _started(pid: int) -> str:
     return "" if not stat or stat.startswith("Z") else "-".join(started.split())
 
 
-def _run(*command: str) -> subprocess.CompletedProcess[str]:
+def sbatch(script: Path) -> str:
+    """Queue a script; return the job's id.
+
+    What the surrounding shell sets for its own job, or against the script, does not reach sbatch: variables win over
+    the options of a script.
+    """
+    kept = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
+    given = set(re.findall(r"^#SBATCH --([\w-]+)", script.read_text(), re.MULTILINE))
+    defaults = {f"SBATCH_{name.upper()}" for name in _DEFAULTS if name not in given}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name in kept or name in defaults or not name.startswith(("SLURM_", "SBATCH_", "SRUN_"))
+    }
+    return _run("sbatch", "--parsable", str(script), env=env).stdout.strip().split(";")[0]
+
+
+def scancel(job: str) -> None:
+    """Cancel a job, or all tasks of an array."""
+    _run("scancel", job)
+
+
+def _run(*command: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run a SLURM command.
 
     Raises:
         UserError: it fails; carries its last line.
     """
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
     except FileNotFoundError as error:
         raise UserError(f"{command[0]} is not on PATH: run this on a login node of the cluster") from error
     except subprocess.TimeoutExpired as error:
@@ -182,18 +182,3 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
 
 def _last_line(text: str) -> str:
     return (text.strip().splitlines() or ["no answer"])[-1]
-
-
-def seconds(limit: str) -> float:
-    """Return a SLURM time limit in seconds (``minutes``, ``h:m:s``, ``d-h:m:s``, ``infinite``)."""
-    if not re.fullmatch(r"[\d:-]+", limit):
-        return float("inf")
-    days, _, clock = limit.rpartition("-")
-    parts = [int(part) for part in clock.split(":")]
-    if days:
-        hours, minutes, secs = [*parts, 0, 0][:3]
-    elif len(parts) == 3:
-        hours, minutes, secs = parts
-    else:
-        hours, (minutes, secs) = 0, [*parts, 0][:2]
-    return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + secs

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from paperscale.errors import FINISHED, REQUEUE
+from paperscale.errors import FINISHED, REQUEUE, USER_ERROR, UserError
 from paperscale.jobs.engines import process_id
 from paperscale.jobs.run import Attempt, Run, RunInfo, free_name, refuse_taken
 from paperscale.jobs.submit import new_run, resolve
@@ -22,8 +23,11 @@ def fit(recipe: RecipeArguments, name: str | None, command: str) -> int:
     """Create a run and train it here; return the exit code.
 
     Raises:
-        UserError: the recipe is wrong, its shards are missing, or the name is taken.
+        UserError: the recipe is wrong, its shards are missing, the name is taken, or a job of SLURM's that this is part
+            of has several tasks.
     """
+    if refuse_many_tasks(command):
+        return USER_ERROR
     if name:
         refuse_taken(name)
     resolved = resolve(recipe, world_size=1)
@@ -31,6 +35,35 @@ def fit(recipe: RecipeArguments, name: str | None, command: str) -> int:
     info = RunInfo(name or free_name(base), base, "here", "here", 1, 1, new_id(), time.time(), command, str(Path.cwd()))
     with new_run(info, resolved) as run:
         return train_here(run)
+
+
+def refuse_many_tasks(command: str) -> bool:
+    """Refuse a job with several tasks: ``fit`` is one process, and each task would train for itself.
+
+    Returns:
+        Whether this is one of several tasks that need not say it again.
+
+    Raises:
+        UserError: names the command that uses the whole job.
+    """
+    asked = os.environ
+    in_step = "SLURM_STEP_ID" in asked and "SLURM_PROCID" in asked
+    tasks = int(asked.get("SLURM_STEP_NUM_TASKS" if in_step else "SLURM_NTASKS", 1))
+    nodes = int(asked.get("SLURM_STEP_NUM_NODES" if in_step else "SLURM_JOB_NUM_NODES", 1))
+    tasks = max(tasks, nodes)
+    if "SLURM_JOB_ID" not in asked or tasks == 1:
+        return False
+    if in_step and asked["SLURM_PROCID"] != "0":
+        return True
+    gpus = re.search(r"\d+$", asked.get("SLURM_GPUS_PER_NODE", ""))
+    shape = f"--cluster slurm --nodes {nodes} --procs-per-node {tasks // nodes}"
+    shape += f" --gpus-per-node {gpus[0]}" if gpus else ""
+    whole = command.replace("paperscale fit", "paperscale submit", 1)
+    raise UserError(
+        f"this job has {tasks} tasks on {nodes} nodes, and `paperscale fit` is one process: the others would idle, or "
+        f"each would train for itself; let Paperscale start them with `{whole} {shape}` from a login node, or ask "
+        "for one task, as in `srun --ntasks=1 --nodes=1`"
+    )
 
 
 class _Tee:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
+
+import yaml
 
 from paperscale.data.writer import write_atomically
 from paperscale.errors import UserError
 from paperscale.jobs.engines import ENGINES
+from paperscale.jobs.facts import Cluster
+from paperscale.jobs.profile import Profile
+from paperscale.jobs.render import render
 from paperscale.jobs.run import Run, RunInfo
 from paperscale.jobs.status import LIVE, status
-from paperscale.jobs.submit import Shape, render, start
+from paperscale.jobs.submit import Options, Shape, say, start
+
+EXCLUDED_S = 12 * 3600
+"""Seconds that a node which was found bad is left out."""
 
 
 def resume(run: Run, asked: Shape) -> int | None:
@@ -35,9 +44,9 @@ def resume(run: Run, asked: Shape) -> int | None:
     changed = dataclasses.replace(asked, cluster=info.cluster) != Shape(info.cluster)
     if info.engine == "here" and changed:
         raise UserError(f"run '{run.name}' trains here in one process; submit it to a cluster for more")
-    if changed:
-        _reshape(run, info, asked)
-    for mark in ("cancelled", "stalled"):
+    if info.engine != "here":
+        _write_script(run, info, asked)
+    for mark in ("cancelled", "stalled", "stop"):
         (run.path / mark).unlink(missing_ok=True)
     if info.engine == "here":
         from paperscale.jobs.foreground import train_here
@@ -47,16 +56,44 @@ def resume(run: Run, asked: Shape) -> int | None:
     return None
 
 
-def _reshape(run: Run, info: RunInfo, asked: Shape) -> None:
-    """Write the run's script for other nodes, processes or time."""
-    shape = dataclasses.replace(
-        asked,
-        cluster=info.cluster,
-        nodes=asked.nodes or info.nodes,
-        procs_per_node=asked.procs_per_node or asked.gpus_per_node or info.procs_per_node,
+def _write_script(run: Run, info: RunInfo, asked: Shape) -> None:
+    """Write the run's script anew, for what is asked and as this release writes it: one job for this run alone."""
+    shape = Shape(
+        info.cluster,
+        asked.nodes or info.nodes,
+        asked.procs_per_node or asked.gpus_per_node or info.procs_per_node,
+        asked.gpus_per_node or info.gpus_per_node or None,
+        asked.time or info.time or None,
     )
     profile = shape.profile()
-    info = dataclasses.replace(info, nodes=profile.nodes, procs_per_node=profile.processes_per_node)
+    info = dataclasses.replace(
+        info,
+        nodes=profile.nodes,
+        procs_per_node=profile.processes_per_node,
+        gpus_per_node=profile.gpus_per_node or 0,
+        time=shape.time or "",
+        after="",
+        repeat=1,
+    )
     ENGINES[info.engine].check(profile, info)
-    write_atomically(run.script, render(info, profile).encode())
+    write_atomically(run.script, render(info, profile, _without_bad_nodes(run, profile), _data(run)).encode())
     write_atomically(run.path / "run.json", json.dumps(dataclasses.asdict(info), indent=1).encode())
+
+
+def _without_bad_nodes(run: Run, profile: Profile) -> Options:
+    """Return the option that leaves out the nodes that were found bad, as long as enough others are there."""
+    hosts = list(dict.fromkeys(node["host"] for node in run.excluded if time.time() - node["time"] < EXCLUDED_S))
+    if not hosts or profile.engine != "slurm":
+        return {}
+    cluster = Cluster()
+    machines = cluster.of_partition(profile.partition or next(iter(cluster.partitions)))
+    if len({machine.name for machine in machines} - set(hosts)) < profile.nodes:
+        say([f"without {', '.join(hosts)}, found bad lately, too few nodes would be left: they are tried again"])
+        return {}
+    return {"exclude": ",".join(hosts)}
+
+
+def _data(run: Run) -> list[str]:
+    """Return the folders of the run's shards."""
+    paths = yaml.safe_load(run.recipe.read_text())["data"]["init_args"].get("path") or []
+    return [path for path in ([paths] if isinstance(paths, str) else paths) if "://" not in path]

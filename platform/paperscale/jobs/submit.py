@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from paperscale import __version__, assets
-from paperscale.errors import REQUEUE, UserError
+from paperscale.errors import UserError
 from paperscale.jobs import profile as profiles
 from paperscale.jobs import snapshot
 from paperscale.jobs.engines import ENGINES
 from paperscale.jobs.profile import Profile
-from paperscale.jobs.run import Run, RunInfo, create, free_name, refuse_taken, runs_dir
+from paperscale.jobs.render import render
+from paperscale.jobs.run import Run, RunInfo, create, find_run, free_name, refuse_taken
+from paperscale.jobs.turns import start_queue
+from paperscale.jobs.validation import Place, Validator
 from paperscale.recipes import RecipeArguments
 from paperscale.tracking.identity import new_id
+
+Options = dict[str, "str | int"]
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,72 @@ class Shape:
         return dataclasses.replace(profile, **{key: value for key, value in asked.items() if value is not None})
 
 
-def new_info(recipe: str, name: str | None, profile: Profile, command: str) -> RunInfo:
+@dataclass(frozen=True)
+class Turn:
+    """When a run's job may start, and how many jobs carry it.
+
+    Attributes:
+        after: name of the run that must have finished before, ``None`` for none.
+        repeat: jobs of a train that carries the run, one after another: for queues with short time limits.
+    """
+
+    after: str | None = None
+    repeat: int = 1
+
+    def options(self, profile: Profile) -> Options:
+        """Return the options of sbatch that make it so.
+
+        Raises:
+            UserError: there is no such run, it cannot finish any more, or the cluster knows nothing of the kind.
+        """
+        options: Options = {}
+        if self.repeat > 1:
+            if profile.engine == "local":
+                raise UserError("--repeat: the local cluster sets no time limit, one job will do; leave --repeat out")
+            options["array"] = f"1-{self.repeat}%1"
+        earlier = self.waits_for(profile)
+        if earlier and profile.engine == "slurm":
+            # The jobs of a train that are left over when its run finishes are cancelled: its script looks itself.
+            kind = "afterany" if earlier.info.repeat > 1 else "afterok"
+            options |= {"dependency": f"{kind}:{earlier.job}", "kill-on-invalid-dep": "yes"}
+        return options
+
+    def waits_for(self, profile: Profile) -> Run | None:
+        """Return the run that is to finish first; ``None`` if it has, or there is none.
+
+        Raises:
+            UserError: there is no such run, it cannot finish any more, or it runs elsewhere.
+        """
+        from paperscale.jobs.status import LIVE, status
+
+        if self.after is None:
+            return None
+        run = find_run(self.after)
+        now = status(run)
+        if now.state == "finished":
+            return None
+        if run.info.cluster != profile.name:
+            raise UserError(
+                f"--after {run.name}: that run is on cluster '{run.info.cluster}', this one on '{profile.name}', and "
+                f"neither knows of the other's jobs; use --cluster {run.info.cluster}, or submit when it has finished"
+            )
+        if now.state not in LIVE:
+            raise UserError(
+                f"--after {run.name}: that run is {now.state} ({now.detail}); continue it first with "
+                f"`paperscale resume {run.name}`"
+            )
+        return run
+
+
+def new_info(
+    recipe: str, name: str | None, profile: Profile, command: str, turn: Turn | None = None, group: str = ""
+) -> RunInfo:
     """Return the identity of a new run.
 
     Raises:
         UserError: the name cannot be a run's, or is taken.
     """
+    turn = turn or Turn()
     if name:
         refuse_taken(name)
     return RunInfo(
@@ -75,30 +135,23 @@ def new_info(recipe: str, name: str | None, profile: Profile, command: str) -> R
         created=time.time(),
         command=command,
         workdir=str(Path.cwd()),
+        gpus_per_node=profile.gpus_per_node or 0,
+        group=group,
+        after=find_run(turn.after).name if turn.after else "",
+        repeat=turn.repeat,
+        time=profile.time if profile.engine == "slurm" else "",
     )
 
 
-def resolve(arguments: RecipeArguments, world_size: int) -> str:
-    """Return the resolved recipe as YAML, after checking what can be checked before a job waits for hours.
+def resolve(arguments: RecipeArguments, world_size: int = 1) -> str:
+    """Return the resolved recipe for training on this machine, checked.
 
     Raises:
-        UserError: the recipe is wrong, its shards are missing, or its batch does not fit the world size.
+        UserError: the recipe is wrong, its shards are missing, or it cannot run on this machine.
     """
-    from paperscale.training.recipe import RecipeCLI
-
-    cli = RecipeCLI(arguments.to_cli())
-    trainer = cli.config_init.trainer
-    if trainer.devices not in ("auto", 1, "1") or trainer.num_nodes != 1:
-        raise UserError(
-            "trainer.devices and trainer.num_nodes are the job's: "
-            "use --nodes and --procs-per-node of `paperscale submit`"
-        )
-    cli.datamodule.check()
-    cli.datamodule.accumulate(world_size)
-    if cli.datamodule.paths:
-        paths = [path if "://" in path else str(Path(path).absolute()) for path in cli.datamodule.paths]
-        cli.config.data.init_args.path = paths[0] if len(paths) == 1 else paths
-    return cli.resolved()
+    validated = Validator(Place.here(world_size), without_memory=False)(arguments)
+    say(validated.warnings)
+    return validated.recipe
 
 
 def check_keys(arguments: RecipeArguments) -> None:
@@ -112,22 +165,30 @@ def check_keys(arguments: RecipeArguments) -> None:
     RecipeCLI(arguments.to_cli(), build=False)
 
 
-def submit(arguments: RecipeArguments, shape: Shape, name: str | None, dry_run: bool, command: str) -> Run | str:
+def submit(
+    arguments: RecipeArguments, shape: Shape, name: str | None, dry_run: bool, command: str, turn: Turn | None = None
+) -> Run | str:
     """Create a run and hand it to its cluster; a dry run returns the script instead.
 
     Raises:
         UserError: anything is wrong; nothing has been queued and no run directory is left.
     """
-    profile = shape.profile()
-    info = new_info(arguments.recipe.stem, name, profile, command)
+    profile, turn = shape.profile(), turn or Turn()
+    options = turn.options(profile)
+    info = new_info(arguments.recipe.stem, name, profile, command, turn)
     if dry_run:
         check_keys(arguments)
-        return render(info, profile)
+        return render(info, profile, options)
     ENGINES[profile.engine].check(profile, info)
-    recipe = resolve(arguments, profile.nodes * profile.processes_per_node)
-    with new_run(info, recipe) as run:
-        run.script.write_text(render(info, profile))
-        start(run)
+    validated = Validator(Place.of(profile))(arguments)
+    with new_run(info, validated.recipe) as run:
+        run.script.write_text(render(info, profile, options, validated.data))
+        earlier = turn.waits_for(profile) if profile.engine == "local" else None
+        if earlier:
+            start_queue([run], 1, earlier)
+        else:
+            start(run)
+    say(validated.warnings)
     return run
 
 
@@ -136,12 +197,13 @@ def new_run(info: RunInfo, recipe: str) -> Iterator[Run]:
     """Create a run with its copy of the code; leave nothing of it behind if no job comes of it."""
     run = create(info, recipe)
     try:
-        snapshot.take(run.path / "code", Path.cwd())
+        warning = snapshot.take(run.path / "code", Path.cwd())
         yield run
     except BaseException:
         if not run.job:
             shutil.rmtree(run.path, ignore_errors=True)
         raise
+    say([warning] if warning else [])
 
 
 def start(run: Run) -> None:
@@ -149,50 +211,7 @@ def start(run: Run) -> None:
     run.set_job(ENGINES[run.info.engine].submit(run))
 
 
-def render(info: RunInfo, profile: Profile) -> str:
-    """Return the job script."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([Path("cluster/templates"), assets.cluster_dir() / "templates"]),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # noqa: S701  a shell script, quoted by the filter q
-    )
-    environment.filters["q"] = shlex.quote
-    run_dir = runs_dir() / info.name
-    return environment.get_template("job.sbatch.j2").render(
-        run=info,
-        profile=profile,
-        run_dir=str(run_dir),
-        options=options(info, profile, run_dir),
-        python=profile.python or sys.executable,
-        threads=profile.cpus_per_proc if profile.engine == "slurm" else max(1, _cores() // info.procs_per_node),
-        requeue_code=REQUEUE,
-        version=__version__,
-    )
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def options(info: RunInfo, profile: Profile, run_dir: Path) -> list[str]:
-    """Return the ``#SBATCH`` options of a job."""
-    log = str(run_dir / "job.log").replace("%", "%%")
-    chosen = {
-        "job-name": info.name,
-        "partition": profile.partition,
-        "account": profile.account,
-        "qos": profile.qos,
-        "nodes": info.nodes,
-        "ntasks-per-node": info.procs_per_node,
-        "cpus-per-task": profile.cpus_per_proc,
-        "gpus-per-node": profile.gpus_per_node,
-        "mem": profile.mem_per_node,
-        "time": profile.time,
-        "signal": f"USR1@{profile.signal_before_end_s}",
-        "open-mode": "append",
-        "output": f'"{log}"' if " " in log else log,
-    }
-    lines = [f"--{name}={value}" for name, value in chosen.items() if value is not None]
-    return [*lines, "--requeue", *profile.sbatch]
+def say(warnings: Iterable[str]) -> None:
+    """Print warnings, beside what a script may read."""
+    for warning in warnings:
+        print(f"WARNING {warning}", file=sys.stderr)

@@ -7,71 +7,89 @@ from paperscale.training import signals
 signals.install()  # before the seconds that the imports below take
 
 import contextlib
+import faulthandler
 import json
 import os
+import signal
 import socket
 import sys
 import time
 import traceback
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paperscale.data.writer import write_atomically
 from paperscale.errors import (
+    BAD_NODE,
     FAILED,
     FINISHED,
+    LOST,
     REQUEUE,
+    SUPERSEDED,
     USER_ERROR,
     Interrupted,
+    LostRank,
     Superseded,
     UserError,
     describe,
+    is_lost_rank,
     is_users_mistake,
 )
 from paperscale.jobs import snapshot
+from paperscale.jobs.preflight import BadNode
 from paperscale.jobs.run import Attempt, Run
-from paperscale.training.checkpoint import newest_verified, read_manifest
+from paperscale.training.checkpoint import clear_unfinished, newest_verified, read_manifest
+from paperscale.training.pulse import Pulse
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+    from torch.distributed import Store
 
     from paperscale.tracking.wandb import GuardedWandbLogger
     from paperscale.training.callbacks import StateIO
     from paperscale.training.recipe import RecipeCLI
 
 _RESUME_WAIT_S = 300
+_BAD_NODE_WAIT_S = 2.0
 
 
 def main(run_dir: str, attempt_number: int) -> int:
     """Run the attempt; return the exit code that tells the job script what to do next."""
-    adopt_slurm_ranks()
     run = Run(Path(run_dir))
     attempt = Attempt(run.path / "attempts" / f"{attempt_number:04d}")
     try:
-        code = Worker(run, attempt).run_attempt()
+        return Worker(run, attempt).run_attempt()
     except Superseded as reason:
         print(reason, flush=True)
-        code = FAILED
+        attempt.fail(SUPERSEDED, str(reason))
+        return SUPERSEDED
     except BaseException as error:
-        code = USER_ERROR if is_users_mistake(error) else FAILED
-        what = describe(error) if code == USER_ERROR else f"{type(error).__name__}: {describe(error)}"
-        attempt.record_error(int(os.environ.get("RANK", 0)), what[:500])
-        with contextlib.suppress(OSError):
-            if code == USER_ERROR:
-                print(f"error: {describe(error)}", file=sys.stderr, flush=True)
-            else:
-                traceback.print_exc()
+        return _failed(attempt, error)
+
+
+def _failed(attempt: Attempt, error: BaseException) -> int:
+    """Record an error and print it, with its traceback unless the user can mend it; return the exit code."""
+    code = FAILED
+    if isinstance(error, BadNode):
+        code = BAD_NODE
+    elif is_users_mistake(error):
+        code = USER_ERROR
+    elif is_lost_rank(error):
+        code = LOST
+    what = describe(error) if code in (USER_ERROR, BAD_NODE) else f"{type(error).__name__}: {describe(error)}"
+    attempt.fail(code, f"rank {os.environ.get('RANK', 0)} on {socket.gethostname()}: {what[:500]}")
+    with contextlib.suppress(OSError):
+        if code in (FAILED, LOST):
+            traceback.print_exc()
+        else:
+            print(f"error: {describe(error)}", file=sys.stderr, flush=True)
     return code
 
 
-def adopt_slurm_ranks() -> None:
-    """Give SLURM's task numbers the names that torch uses; only inside a step, where srun has set them."""
-    if "SLURM_STEP_ID" not in os.environ or "RANK" in os.environ:
-        return
-    names = {"RANK": "PROCID", "LOCAL_RANK": "LOCALID", "NODE_RANK": "NODEID", "WORLD_SIZE": "NTASKS"}
-    for name, slurm in names.items():
-        os.environ[name] = os.environ[f"SLURM_{slurm}"]
+def keep_stacks(attempt: Attempt, rank: int) -> None:
+    """Write every thread's stack when the agent asks for it; works where Python itself stands still."""
+    file = (attempt.path / f"stacks-rank-{rank}.txt").open("a")
+    faulthandler.register(signal.SIGQUIT, file=file, all_threads=True)
 
 
 class Worker:
@@ -85,6 +103,9 @@ class Worker:
     def __init__(self, run: Run, attempt: Attempt):
         self.run, self.attempt, self.info = run, attempt, run.info
         self.rank = int(os.environ.get("RANK", 0))
+        self.world_size = self.info.nodes * self.info.procs_per_node
+        self.pulse = Pulse.from_environment()
+        self.store: Store | None = None
         self.wandb: GuardedWandbLogger | None = None
 
     def say(self, line: str) -> None:
@@ -106,6 +127,7 @@ class Worker:
         )
         resume = self.choose_checkpoint()
         cli = RecipeCLI([f"--config={self.run.recipe}"])
+        self.preflight(cli)
         trainer = self.build_trainer(cli, resume)
         self.recover_tracking(resume)
         code, reason = FAILED, ""
@@ -129,14 +151,61 @@ class Worker:
             trainer.strategy.barrier("attempt ends")  # all ranks leave together: srun ends the rest at the first exit
         return code
 
+    def preflight(self, cli: RecipeCLI) -> None:
+        """Bring the ranks together and see whether they can work together, and whether each node has the shards.
+
+        Raises:
+            LostRank: ranks have not appeared.
+            BadNode: this node cannot reach the shards, others can.
+            UserError: no node can.
+        """
+        from paperscale.training import rendezvous
+
+        on_gpu = cli.on_gpu()
+        start = time.monotonic()
+        if self.world_size > 1:
+            self.store = rendezvous.join(self.rank, self.world_size, on_gpu)
+        found = rendezvous.preflight(self.world_size, on_gpu, time.monotonic() - start)
+        self.say(str(found))
+        for warning in found.warnings:
+            self.say(f"WARNING {warning}")
+        self.check_shards(cli)
+        if self.rank == 0:
+            with contextlib.suppress(OSError):
+                write_atomically(self.attempt.path / "preflight.json", json.dumps(found.facts(), indent=1).encode())
+
+    def check_shards(self, cli: RecipeCLI) -> None:
+        """Tell a set that this node alone cannot reach from one that is gone."""
+        import torch.distributed as dist
+
+        problem = ""
+        try:
+            if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+                cli.datamodule.check()
+        except UserError as error:
+            problem = str(error)
+        problems = [problem]
+        if self.store is not None:
+            problems = [""] * self.world_size
+            dist.all_gather_object(problems, problem)
+        nodes = problems[:: self.info.procs_per_node]
+        if all(nodes):
+            raise UserError(nodes[0])
+        if problem:
+            self.attempt.suspect(socket.gethostname(), problem)
+            raise BadNode(f"{problem} (other nodes reach it)")
+        if any(nodes):
+            time.sleep(_BAD_NODE_WAIT_S)  # the rank that has found it says so first
+            raise LostRank("another node cannot reach the shards")
+
     def build_trainer(self, cli: RecipeCLI, resume: Path | None) -> Trainer:
         """Return the recipe's Trainer as this job runs it."""
         from paperscale.jobs.environment import JobEnvironment
         from paperscale.training.callbacks import StateIO
+        from paperscale.training.heartbeat import Heartbeat
         from paperscale.training.interruption import take_over_signals
         from paperscale.training.strategies import ExactDDPStrategy
 
-        world_size = self.info.nodes * self.info.procs_per_node
         io = StateIO()
         settings: dict[str, Any] = {
             "devices": self.info.procs_per_node,
@@ -144,7 +213,7 @@ class Worker:
             "plugins": [JobEnvironment(), io],
             "logger": self.loggers(cli),
             "callbacks": self.callbacks(cli, io, resume),
-            "accumulate_grad_batches": cli.datamodule.accumulate(world_size),
+            "accumulate_grad_batches": cli.datamodule.accumulate(self.world_size),
             # a folder of this attempt alone: on SLURM, Lightning resumes from any hpc_ckpt_* that it finds in it
             "default_root_dir": str(self.attempt.path),
             "enable_checkpointing": True,
@@ -152,9 +221,9 @@ class Worker:
             "enable_model_summary": False,
             "use_distributed_sampler": False,
         }
-        if world_size > 1 and cli.config_init.trainer.strategy in ("auto", "ddp"):
-            settings["strategy"] = ExactDDPStrategy(timeout=timedelta(minutes=10))
-        trainer = cli.trainer_for(**settings)
+        if self.world_size > 1 and cli.config_init.trainer.strategy in ("auto", "ddp"):
+            settings["strategy"] = ExactDDPStrategy()
+        trainer = cli.trainer_for([Heartbeat(self.pulse)], **settings)
         take_over_signals(trainer)
         return trainer
 
@@ -177,6 +246,7 @@ class Worker:
                 self.say,
                 project=tracking.project,
                 entity=tracking.entity,
+                group=self.info.group or None,
                 tags=list(tracking.tags),
                 config=cli.config.as_dict(),
             )
@@ -194,12 +264,26 @@ class Worker:
         options = cli.config_init.checkpoint
         return [
             *([RichProgressBar()] if self.on_terminal else []),
-            own.FirstBatch(lambda position, samples: self.record(position=position, first_samples=samples)),
+            own.FirstBatch(self.record_first_batch),
             own.StreamPosition(),
             own.GlobalMetrics(),
             self.progress,
-            own.Checkpointing(self.run.checkpoints, options, io, resume, self.is_current, self.say),
+            own.Checkpointing(
+                self.run.checkpoints,
+                options,
+                io,
+                resume,
+                attempt=self.attempt.number,
+                pulse=self.pulse,
+                store=self.store,
+                is_current=self.is_current,
+                say=self.say,
+            ),
         ]
+
+    def record_first_batch(self, position: int, samples: list[int]) -> None:
+        """Record with which samples the attempt begins, and when."""
+        self.record(position=position, first_samples=samples, first_batch=time.time())
 
     def choose_checkpoint(self) -> Path | None:
         """Return the checkpoint to continue from: rank 0 verifies and chooses, the others read its choice.
@@ -222,6 +306,7 @@ class Worker:
 
     def _newest_checkpoint(self) -> dict[str, str | None]:
         """Return the newest checkpoint that verifies, or the error that ends the attempt on every rank."""
+        clear_unfinished(self.run.checkpoints)
         checkpoint, passed_over = newest_verified(self.run.checkpoints)
         for reason in passed_over:
             self.say(f"WARNING passed over {reason}")
@@ -273,6 +358,7 @@ class Worker:
 if __name__ == "__main__":
     from paperscale.training.callbacks import exit_now
 
+    keep_stacks(Attempt(Path(sys.argv[1]) / "attempts" / f"{int(sys.argv[2]):04d}"), int(os.environ["RANK"]))
     code = main(sys.argv[1], int(sys.argv[2]))
     signals.ignore()
     exit_now(code)

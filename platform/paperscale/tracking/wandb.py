@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from paperscale.errors import REQUEUE
+from paperscale.tracking.metrics import read_metrics as read_metrics
 from paperscale.tracking.wandb_files import read_segment
 
 _FLUSH = "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL"
@@ -43,7 +44,7 @@ class GuardedWandbLogger(WandbLogger):
         run_dir: the run's directory; W&B's files go to ``wandb/`` in it.
         name: the run's name.
         run_id: the W&B id, the same in every attempt.
-        options: ``project``, ``entity``, ``tags`` and ``config`` of the W&B run.
+        options: ``project``, ``entity``, ``group``, ``tags`` and ``config`` of the W&B run.
         say: prints a line.
     """
 
@@ -151,14 +152,3 @@ class JsonlLogger(Logger):
         row = {"step": step, "attempt": self.attempt, **metrics}
         with contextlib.suppress(OSError), self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of ``metrics.jsonl`` with each step once: the last attempt's, where a step was repeated."""
-    rows: dict[tuple[int, tuple[str, ...]], dict[str, Any]] = {}
-    if path.exists():
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # the last line of a killed attempt may be cut
-                row = json.loads(line)
-                rows[(row["step"], tuple(sorted(row)))] = row
-    return list(rows.values())

@@ -17,6 +17,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
+from torch.distributed import Store
 
 from paperscale.data import ShardStream
 from paperscale.data.writer import write_atomically
@@ -32,6 +33,7 @@ from paperscale.training.checkpoint import (
 )
 from paperscale.training.interruption import StopAgreement
 from paperscale.training.metric_state import metric_state, restore_metric_state
+from paperscale.training.pulse import Pulse
 
 
 class StateIO(CheckpointIO):
@@ -103,6 +105,9 @@ class Checkpointing(Checkpoint):
         options: when to write and what to keep.
         io: the plugin that the Trainer writes with.
         resume: the checkpoint the run continues from.
+        attempt: number of this attempt; what it has not finished does not get into the way of another's.
+        pulse: this rank's, where the node's agent leaves requests.
+        store: shared by the ranks; ``None`` for a single process.
         is_current: whether this attempt still owns the run; an attempt that was cut off and replaced must not write.
         say: prints a line (rank 0).
     """
@@ -113,20 +118,25 @@ class Checkpointing(Checkpoint):
         options: CheckpointOptions,
         io: StateIO,
         resume: Path | None,
+        attempt: int = 1,
+        pulse: Pulse | None = None,
+        store: Store | None = None,
         is_current: Callable[[], bool] = lambda: True,
         say: Callable[[str], None] = print,
     ):
         self.folder, self.options, self.io, self.resume = folder, options, io, resume
+        self.attempt, self.pulse = attempt, pulse or Pulse()
         self.is_current, self.say = is_current, say
-        self.agreement = StopAgreement(None)
-        self._stopping = False
+        self.store = store
+        self.agreement = StopAgreement(None, pulse=self.pulse)
+        self._stopping = self._saving = False
         self._saved_step = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Share the agreement on stopping between ranks."""
-        if stage == "fit" and trainer.world_size > 1:
-            store = torch.distributed.distributed_c10d._get_default_store()
-            self.agreement = StopAgreement(store, trainer.strategy.root_device.type == "cuda")
+        if stage == "fit":
+            on_gpu = trainer.world_size > 1 and trainer.strategy.root_device.type == "cuda"
+            self.agreement = StopAgreement(self.store, on_gpu, self.pulse)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore this rank's random numbers and metrics."""
@@ -148,11 +158,12 @@ class Checkpointing(Checkpoint):
         if not batch["cursor"].last:
             return
         step = trainer.global_step
-        self._stopping = self.agreement.reached(step)
+        decision = self.agreement.reached(step)
+        self._stopping, self._saving = decision == "stop", self._saving or decision == "save"
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return  # the epoch's end follows, after validation: a checkpoint from here would skip it
         every = self.options.every_n_steps
-        if self._stopping or (every and step % every == 0):
+        if self._stopping or self._saving or (every and step % every == 0):
             self.save(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -162,7 +173,7 @@ class Checkpointing(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checkpoint at the end of an epoch, after validation."""
-        if self._stopping or (trainer.current_epoch + 1) % self.options.every_n_epochs == 0:
+        if self._stopping or self._saving or (trainer.current_epoch + 1) % self.options.every_n_epochs == 0:
             self.save(trainer, epoch_ended=True)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -185,17 +196,19 @@ class Checkpointing(Checkpoint):
             UserError: it failed and the run is stopping or has ended, so that nothing would come after it.
             Superseded: a newer attempt of the run has started.
         """
-        step = trainer.global_step
+        step, self._saving = trainer.global_step, False
         if step == self._saved_step:
             return
+        self.pulse.mark("checkpoint", step)
         final = self.folder / f"step-{step:08d}"
-        partial = self.folder / f".{final.name}.partial"
+        partial = self.folder / f".{final.name}.partial-{self.attempt}"
         if trainer.is_global_zero:
             shutil.rmtree(partial, ignore_errors=True)
         error = self._write(trainer, partial, epoch_ended)
         error = self._publish(trainer, partial, final) if error is None else error
         if error is None:
             self._saved_step = step
+            self.pulse.mark("data")
             return
         if trainer.is_global_zero:
             shutil.rmtree(partial, ignore_errors=True)
@@ -204,6 +217,7 @@ class Checkpointing(Checkpoint):
         if self._stopping or trainer.fit_loop.done:
             raise UserError(message)
         self.say(f"WARNING {message}")
+        self.pulse.mark("data")
 
     def _write(self, trainer: Trainer, partial: Path, epoch_ended: bool) -> str | None:
         """Write every rank's part; return what went wrong on any rank."""

@@ -132,8 +132,14 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def clear_unfinished(folder: Path) -> None:
+    """Remove what interrupted saves and removals have left. Called before an attempt begins to write."""
+    for left in folder.glob(".step-*.partial*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
 def prune(folder: Path, keep_last: int) -> None:
-    """Remove all but the newest checkpoints, and what interrupted saves and removals have left."""
+    """Remove all but the newest checkpoints."""
     for old in all_checkpoints(folder)[keep_last:]:
         doomed = old.with_name(f".{old.name}.partial")  # half-removed must not look like a checkpoint
         old.rename(doomed)

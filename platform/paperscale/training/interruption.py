@@ -11,51 +11,75 @@ and written whatever it had to write there. On a GPU the host runs ahead of the 
 from __future__ import annotations
 
 from collections import deque
+from typing import Literal, cast
 
 import torch
 from lightning.pytorch import Trainer
 from torch.distributed import Store
 
+from paperscale.training import pulse as pulses
 from paperscale.training import signals
+from paperscale.training.pulse import Pulse
 
 RUN_AHEAD = 2
-_KEY = "paperscale/stop_at"
+_KEY = "paperscale/agreed"
+
+Decision = Literal["", "save", "stop"]
 
 
 class StopAgreement:
-    """The step at which the run is interrupted, the same on every rank.
+    """The step at which the run is saved or stopped, the same on every rank.
 
     Args:
         store: shared by the ranks; ``None`` for a single process.
         on_gpu: whether the host may run ahead of the device.
+        pulse: where the node's agent leaves the user's requests.
     """
 
-    def __init__(self, store: Store | None, on_gpu: bool = False):
-        self.store = store
+    def __init__(self, store: Store | None, on_gpu: bool = False, pulse: Pulse | None = None):
+        self.store, self.pulse = store, pulse
         self.run_ahead = RUN_AHEAD if on_gpu else 0
-        self.stop_at: int | None = None
         self.reason = ""
+        self._agreed: tuple[int, Decision] | None = None
+        self._key = f"{_KEY}/0"
         self._boundaries: deque[torch.cuda.Event] = deque()
 
-    def reached(self, step: int) -> bool:
-        """Return whether to stop at the boundary after ``step`` optimizer steps. Call at every boundary."""
+    def reached(self, step: int) -> Decision:
+        """Return what all ranks do at the boundary after ``step`` optimizer steps. Call at every boundary."""
         if self.run_ahead:
             self._bound_run_ahead()
-        if self.stop_at is None and (proposal := self._proposal(step)):
-            at, _, self.reason = proposal.partition(" ")
-            self.stop_at = int(at)
-        return self.stop_at is not None and step >= self.stop_at
+        if self._agreed is None and (proposal := self._proposal(step)):
+            at, what, self.reason = proposal.split(" ", 2)
+            self._agreed = int(at), cast(Decision, what)
+        if self._agreed is None or step < self._agreed[0]:
+            return ""
+        decision = self._agreed[1]
+        if decision == "save":  # the next agreement is under a key of its own
+            self._agreed = None
+            self._key = f"{_KEY}/{step}"
+        return decision
 
     def _proposal(self, step: int) -> str | None:
-        """Return ``"<step> <reason>"`` of the first rank that was told to stop, if one was."""
+        """Return ``"<step> save|stop <reason>"`` of the first rank that was told to, if one was."""
+        wish = self._wish()
+        if self.store is None:
+            return f"{step} {wish}" if wish else None
+        if wish:
+            mine = f"{step + 1 + self.run_ahead} {wish}"
+            if signals.received:
+                mine += f" to rank {torch.distributed.get_rank()}"
+            return self.store.compare_set(self._key, "", mine).decode()
+        return self.store.get(self._key).decode() if self.store.check([self._key]) else None
+
+    def _wish(self) -> str:
+        """Return what this rank was told to do, and by whom."""
         if signals.received:
-            if self.store is None:
-                return f"{step} {signals.received.name}"
-            mine = f"{step + 1 + self.run_ahead} {signals.received.name} to rank {torch.distributed.get_rank()}"
-            return self.store.compare_set(_KEY, "", mine).decode()
-        if self.store is not None and self.store.check([_KEY]):
-            return self.store.get(_KEY).decode()
-        return None
+            return f"stop {signals.received.name}"
+        requested = self.pulse.requested if self.pulse else pulses.NO_REQUEST
+        if requested == pulses.SAVE and self.pulse:
+            self.pulse.fulfilled()
+            return "save request"
+        return "stop request" if requested == pulses.STOP else ""
 
     def _bound_run_ahead(self) -> None:
         event = torch.cuda.Event()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jsonargparse import ArgumentError
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from paperscale.data import ShardStream
@@ -105,15 +105,25 @@ class RecipeCLI(LightningCLI):
             )
         self.model: LightningModule = self._get(self.config_init, "model")
 
-    def trainer_for(self, **settings: Any) -> Trainer:
-        """Return the recipe's Trainer with settings of the job, which win over the recipe's."""
+    def trainer_for(self, first: Sequence[Callback] = (), **settings: Any) -> Trainer:
+        """Return the recipe's Trainer with settings of the job, which win over the recipe's.
+
+        Args:
+            first: callbacks that are called before the recipe's own; ``callbacks`` of the settings come after them.
+            settings: of the Trainer.
+        """
         config = {**self._get(self.config_init, "trainer", default={}), **settings}
         if "callbacks" in settings:
-            config["callbacks"] = [
-                *(self._get(self.config_init, "trainer.callbacks") or []),
-                *settings["callbacks"],
-            ]
+            recipes = self._get(self.config_init, "trainer.callbacks") or []
+            config["callbacks"] = [*first, *recipes, *settings["callbacks"]]
         return Trainer(**config)
+
+    def on_gpu(self) -> bool:
+        """Return whether the recipe trains on this machine's GPUs."""
+        import torch
+
+        accelerator = self._get(self.config_init, "trainer.accelerator")
+        return accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
     def resolved(self) -> str:
         """Return the whole configuration as YAML."""

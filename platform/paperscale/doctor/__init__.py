@@ -1,0 +1,9 @@
+"""``paperscale doctor``: what works here and what does not, each with its fix.
+
+Every check is a function that returns findings. They run beside each other, each with a time limit: a file system
+that hangs, or a name server that does not answer, is a finding like any other.
+"""
+
+from paperscale.doctor.findings import Asked, Check, checks, exit_code
+
+__all__ = ["Asked", "Check", "checks", "exit_code"]

@@ -1,0 +1,319 @@
+"""``paperscale status``: everything about one run, from its directory and its engine."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from paperscale.jobs import queue
+from paperscale.jobs.run import Attempt, Run, RunInfo
+from paperscale.jobs.status import STALE_S, RunStatus, status
+from paperscale.jobs.words import ago, clock, duration
+
+_ENDINGS = {
+    "": "was killed, with its job script",
+    "finished": "finished",
+    "failed": "failed",
+    "killed": "was killed",
+    "time-limit": "came to its time limit",
+    "preemption": "was preempted",
+    "requeue": "was requeued",
+    "cancel": "was cancelled",
+    "signal": "was ended by a signal",
+    "lost": "lost a rank",
+    "hang": "hung",
+    "bad-node": "met a bad node",
+    "unknown": "ended while the controller did not answer",
+}
+
+_OF_A_RANK = ("rank", "pid", "step", "phase", "beat", "step_s", "local_s", "state")
+
+
+def report(run: Run, verify: bool = False, now: RunStatus | None = None) -> dict[str, Any]:
+    """Return everything about a run; the keys are those of ``paperscale status --json`` (docs/runs.md).
+
+    Args:
+        run: the run.
+        verify: read and hash the newest checkpoints rather than compare their files' sizes.
+        now: its state, by default asked for.
+    """
+    now, info, attempts = now or status(run), run.info, run.attempts()
+    progress, live = now.progress, now.state == "running"
+    return {
+        "run": run.name,
+        "state": now.state,
+        "detail": now.detail,
+        **_identity(run, info),
+        "slurm": _slurm(now),
+        "attempt": len(attempts),
+        "max_attempts": run.max_attempts,
+        "attempts": [_attempt(attempt) for attempt in attempts],
+        **_progress(progress, live),
+        "heartbeats": _heartbeats(attempts, progress) if live or now.state == "unknown" else [],
+        "slow_ranks": attempts[-1].stragglers if attempts else [],
+        **_checkpoint(run, verify),
+        "excluded": run.excluded,
+        **_failure(run, now, attempts),
+        "results": now.results,
+        "wandb": {"id": info.wandb_id, "mode": _wandb_mode(run)},
+        "directory": str(run.path),
+    }
+
+
+def _identity(run: Run, info: RunInfo) -> dict[str, Any]:
+    return {
+        "recipe": info.recipe,
+        "cluster": info.cluster,
+        "engine": info.engine,
+        "job": run.job,
+        "nodes": info.nodes,
+        "procs_per_node": info.procs_per_node,
+        "group": info.group,
+        "after": info.after,
+        "created": info.created,
+        "command": info.command,
+    }
+
+
+def _slurm(now: RunStatus) -> dict[str, Any] | None:
+    job = now.job
+    if job is None or not job.slurm:
+        return None
+    return {
+        "state": job.slurm,
+        "reason": job.reason,
+        "meaning": queue.meaning(job.reason),
+        "restarts": job.restarts,
+        "left_s": job.left_s,
+        "start": job.start,
+        "nodes": job.nodes,
+    }
+
+
+def _attempt(attempt: Attempt) -> dict[str, Any]:
+    facts, ended = attempt.facts, attempt.ended
+    return {
+        "attempt": attempt.number,
+        "cause": attempt.cause,
+        "reason": facts.get("reason", ""),
+        "error": attempt.error,
+        "exit_code": attempt.exit_code,
+        "host": facts.get("host", ""),
+        "started": attempt.started,
+        "ended": ended,
+        "ran_s": None if ended is None else max(0.0, ended - attempt.started),
+        "resumed_from": facts.get("resumed_from"),
+    }
+
+
+def _progress(progress: dict[str, Any], live: bool) -> dict[str, Any]:
+    """Return where the training is; what is left counts from now on, and only while it runs."""
+    if not progress:
+        return {"step": None, "progress": {}, "eta_s": None, "stale": False}
+    age = max(0.0, time.time() - progress["time"])
+    left = max(0.0, progress["eta_s"] - age) if live and progress["total_steps"] and progress["eta_s"] else None
+    return {
+        "step": f"{progress['step']}/{progress['total_steps'] or '?'}",
+        "progress": {**progress, "age_s": age},
+        "eta_s": left,
+        "stale": live and age > STALE_S,
+    }
+
+
+def _heartbeats(attempts: list[Attempt], progress: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return when each node was last heard of: from its agent, or from rank 0 where there are no agents."""
+    agents = attempts[-1].nodes() if attempts else []
+    if not agents and attempts and progress.get("attempt") == attempts[-1].number:
+        agents = [{"node": 0, "host": attempts[-1].facts.get("host", ""), "time": progress["time"]}]
+    now = time.time()
+    return [
+        {
+            "node": agent["node"],
+            "host": agent["host"],
+            "time": agent["time"],
+            "age_s": max(0.0, now - agent["time"]),
+            "stale": now - agent["time"] > STALE_S,
+            "ranks": [{key: rank.get(key) for key in _OF_A_RANK} for rank in agent.get("ranks", [])],
+        }
+        for agent in agents
+    ]
+
+
+def _checkpoint(run: Run, verify: bool) -> dict[str, Any]:
+    """Return the newest checkpoint that is as its manifest says, and what is wrong with newer ones."""
+    damaged: list[str] = []
+    for folder in sorted(run.checkpoints.glob("step-*"), reverse=True):
+        if problem := _problem(folder, verify):
+            damaged.append(problem)
+        else:
+            written = (folder / "manifest.json").stat().st_mtime
+            how = "hashes" if verify else "sizes"
+            step = int(folder.name.removeprefix("step-"))
+            return {
+                "checkpoint": folder.name,
+                "checkpoint_step": step,
+                "checkpoint_time": written,
+                "verified": how,
+                "damaged": damaged,
+            }
+    return {
+        "checkpoint": None,
+        "checkpoint_step": None,
+        "checkpoint_time": None,
+        "verified": None,
+        "damaged": damaged,
+    }
+
+
+def _problem(folder: Path, verify: bool) -> str:
+    """Return what is wrong with a checkpoint, empty if nothing is."""
+    if verify:
+        from paperscale.errors import UserError
+        from paperscale.training import checkpoint
+
+        try:
+            checkpoint.verify(folder)
+        except UserError as error:
+            return f"{folder.name}: {error}"
+        return ""
+    try:
+        files: dict[str, Any] = json.loads((folder / "manifest.json").read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        return f"{folder.name}: its manifest cannot be read"
+    for name, expected in files.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{folder.name}: {name} is missing"
+        if (size := file.stat().st_size) != expected["bytes"]:
+            return f"{folder.name}: {name} has {size} bytes, {expected['bytes']} were written"
+    return ""
+
+
+def _failure(run: Run, now: RunStatus, attempts: list[Attempt]) -> dict[str, Any]:
+    """Return why a run that has ended short of its goal did so, and the log to read."""
+    if now.state not in ("failed", "stopped", "cancelled"):
+        return {"why": "", "log": None}
+    if not attempts:
+        log = run.path / "job.log"
+        return {"why": run.complaint() or now.detail, "log": str(log) if log.exists() else None}
+    last = attempts[-1]
+    log = last.log(last.first_rank)
+    why = last.error or run.complaint()
+    if (
+        not why
+        and last.exit_code is None
+        and run.info.engine == "slurm"
+        and (word := queue.how_it_ended(run.job or ""))
+    ):
+        why = f"SLURM ended the job: {word}"
+    return {"why": why or now.detail, "log": str(log if log.exists() else run.path / "job.log")}
+
+
+def _wandb_mode(run: Run) -> str:
+    """Return where the run's W&B files go: ``online``, ``offline``, or ``none`` where it has written none."""
+    folder = run.path / "wandb"
+    if next(folder.glob("offline-run-*"), None):
+        return "offline"
+    return "online" if next(folder.glob("run-*"), None) else "none"
+
+
+def lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield a report as names and values for people; an empty name continues the line before."""
+    yield "run", facts["run"]
+    yield "state", facts["state"] + (f" ({facts['detail']})" if facts["detail"] else "")
+    if facts["job"]:
+        yield "job", f"{facts['job']} on {facts['cluster']}, {facts['nodes']} x {facts['procs_per_node']} processes"
+    yield from _lines_of_queue(facts)
+    yield from _lines_of_attempts(facts)
+    yield from _lines_of_progress(facts)
+    yield from _lines_of_nodes(facts)
+    yield from _lines_of_checkpoint(facts)
+    for node in facts["excluded"]:
+        yield "excluded", f"{node['host']}, {ago(node['time'])}: {node['reason']}"
+    if facts["why"]:
+        yield "why", facts["why"]
+    if facts["log"]:
+        yield "log", facts["log"]
+    if facts["state"] in ("failed", "stopped", "cancelled"):
+        first = "once that is mended, " if facts["state"] == "failed" else ""
+        where = f"from {facts['checkpoint']}" if facts["checkpoint"] else "at the start"
+        yield "next", f"{first}`paperscale resume {facts['run']}` continues {where}"
+    for name, value in facts["results"].items():
+        yield name, f"{value:.4f}"
+    yield "W&B", f"{facts['wandb']['id']}, {facts['wandb']['mode']}"
+    yield "directory", facts["directory"]
+
+
+def _lines_of_queue(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Say when SLURM starts the job, or what comes at its time limit."""
+    slurm = facts["slurm"]
+    if slurm and facts["state"] == "queued":
+        start = slurm["start"]
+        yield "starts", f"about {clock(start)}, as SLURM estimates" if start else "SLURM has made no estimate yet"
+    elif slurm and slurm["left_s"] is not None:
+        limit = time.time() + slurm["left_s"]
+        end = f"at {clock(limit)}, in {duration(slurm['left_s'])}"
+        if facts["eta_s"] and facts["eta_s"] > slurm["left_s"]:
+            end += ": it writes a checkpoint before, and is queued again"
+        yield "time limit", end
+
+
+def _lines_of_attempts(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Say which attempt it is, and how and after how long each earlier one ended."""
+    if not facts["attempts"]:
+        return
+    last, text = facts["attempts"][-1], str(facts["attempt"])
+    text += f" of at most {facts['max_attempts']}" if facts["max_attempts"] else ""
+    running = last["ended"] is None and facts["state"] in ("running", "unknown")
+    if running:
+        origin = f"from {last['resumed_from']}" if last["resumed_from"] else "from the start"
+        text += f", for {duration(time.time() - last['started'])} now, {origin}"
+    yield "attempt", text
+    for one in facts["attempts"][:-1] if running else facts["attempts"]:
+        how = _ENDINGS.get(one["cause"], one["cause"])
+        ran = "" if one["ran_s"] is None else f" after {duration(one['ran_s'])}"
+        why = one["error"] or one["reason"]
+        yield "", f"{one['attempt']} {how}{ran}" + (f": {why}" if why else "")
+
+
+def _lines_of_progress(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    progress = facts["progress"]
+    if not progress:
+        return
+    age = (
+        f"  (as of {duration(progress['age_s'])} ago)"
+        if facts["stale"] or facts["state"] in ("unknown", "queued")
+        else ""
+    )
+    yield "step", f"{facts['step']}, epoch {progress['epoch']}, sample {progress['consumed']:,}{age}"
+    if progress["loss"] is not None:
+        unfit = "" if math.isfinite(progress["loss"]) else "  NOT FINITE"
+        yield "loss", f"{progress['loss']:.4f}{unfit}"
+    yield "throughput", f"{progress['samples_per_s']:,.1f} samples/s"
+    if facts["eta_s"] is not None and not facts["stale"]:
+        yield "left", f"{duration(facts['eta_s'])}, until about {clock(time.time() + facts['eta_s'])}"
+
+
+def _lines_of_nodes(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Say when each node was last heard of and what its ranks did, and which ranks hold up the others."""
+    for index, beat in enumerate(facts["heartbeats"]):
+        doing = sorted({f"{rank['phase']} of step {rank['step'] + 1}" for rank in beat["ranks"]})
+        text = f"{beat['host'] or 'rank 0'} {duration(beat['age_s'])} ago" + (f": {', '.join(doing)}" if doing else "")
+        yield "heartbeat" if index == 0 else "", text + ("  STALE" if beat["stale"] else "")
+    for slow in facts["slow_ranks"]:
+        times = f"{slow['slower']:.1f} times" if slow.get("slower") else "behind"
+        yield "slow rank", f"rank {slow['rank']} on {slow['host']}: {times} the others' {slow['what']}"
+
+
+def _lines_of_checkpoint(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for problem in facts["damaged"]:
+        yield "DAMAGED", problem
+    if facts["checkpoint"]:
+        how = "every file hashed" if facts["verified"] == "hashes" else "complete"
+        yield "checkpoint", f"{facts['checkpoint']}, {how}, written {ago(facts['checkpoint_time'])}"
+    elif facts["damaged"]:
+        yield "checkpoint", "none that is complete"

@@ -1,0 +1,271 @@
+"""What can be known of a recipe before a job waits for hours; the cheapest checks come first."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paperscale.errors import UserError, nearest
+from paperscale.jobs.profile import Profile
+from paperscale.jobs.units import size_bytes
+from paperscale.recipes import RecipeArguments
+
+_OWN_PROCESSES = ("spawn", "fork", "notebook")
+_PRECISIONS = {"16-mixed": "bf16-mixed", "16": "bf16-mixed", "16-true": "bf16-true"}
+_ON_GPU = ("gpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a recipe is to run on.
+
+    Attributes:
+        nodes: of the job.
+        procs_per_node: processes of a node.
+        gpus_per_node: GPUs of a node, 0 for none.
+        gpu_memory: bytes of a GPU, ``None`` where it is not known.
+    """
+
+    nodes: int = 1
+    procs_per_node: int = 1
+    gpus_per_node: int = 0
+    gpu_memory: int | None = None
+
+    @property
+    def world_size(self) -> int:
+        """Return the number of processes."""
+        return self.nodes * self.procs_per_node
+
+    @classmethod
+    def of(cls, profile: Profile) -> Place:
+        """Return what a job of this profile runs on."""
+        procs = profile.processes_per_node
+        if profile.engine == "local":
+            return cls.here(procs)
+        memory = profile.node.gpu_memory
+        return cls(profile.nodes, procs, profile.gpus_per_node or 0, size_bytes(memory) if memory else None)
+
+    @classmethod
+    def here(cls, procs: int = 1) -> Place:
+        """Return what this machine has."""
+        import torch
+
+        if not torch.cuda.is_available():
+            return cls(1, procs)
+        return cls(1, procs, torch.cuda.device_count(), torch.cuda.get_device_properties(0).total_memory)
+
+
+@dataclass(frozen=True)
+class Validated:
+    """A recipe that can run where it is to run.
+
+    Attributes:
+        recipe: the resolved configuration as YAML.
+        data: folders of the shards on a file system.
+        warnings: what the user should know.
+    """
+
+    recipe: str
+    data: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+class Validator:
+    """Checks recipes for one place; what recipes of a sweep have in common is looked at once.
+
+    Args:
+        place: where they are to run.
+        without_memory: build models without their weights. Only for a process that does not train afterwards: a
+            user's module may keep such a tensor.
+    """
+
+    def __init__(self, place: Place, without_memory: bool = True):
+        self.place, self.without_memory = place, without_memory
+        self._done: set[str] = set()
+        self._warnings: dict[str, None] = {}
+
+    def __call__(self, arguments: RecipeArguments) -> Validated:
+        """Check one recipe wholly.
+
+        Raises:
+            UserError: the recipe is wrong, its shards are missing, it does not fit the number of processes, or needs
+                more memory than a GPU has.
+        """
+        from paperscale.training.recipe import RecipeCLI
+
+        cli = RecipeCLI(arguments.to_cli(), build=False)
+        check_trainer(cli.config.trainer, self.place)
+        if self._new({**cli.config.as_dict(), "seed_everything": None}):
+            cli = self._built(arguments)
+            self._check_data(cli)
+            self._check_memory(cli)
+        paths = cli.config.data.init_args.get("path") or []
+        paths = [paths] if isinstance(paths, str) else paths
+        if paths:
+            paths = [path if "://" in path else str(Path(path).absolute()) for path in paths]
+            cli.config.data.init_args.path = paths[0] if len(paths) == 1 else paths
+        local = tuple(path for path in paths if "://" not in path)
+        return Validated(cli.resolved(), local, tuple(self._warnings))
+
+    def _new(self, content: Any) -> bool:
+        """Return whether this is seen for the first time."""
+        text = str(content)
+        known = text in self._done
+        self._done.add(text)
+        return not known
+
+    def _built(self, arguments: RecipeArguments) -> Any:
+        import torch
+
+        from paperscale.training.recipe import RecipeCLI
+
+        if not self.without_memory:
+            return RecipeCLI(arguments.to_cli())
+        try:
+            with torch.device("meta"):
+                return RecipeCLI(arguments.to_cli())
+        except Exception:  # a constructor that computes; if it is the recipe that is wrong, the second try says so
+            return RecipeCLI(arguments.to_cli())
+
+    def _check_data(self, cli: Any) -> None:
+        """Check the shards and the division of the batch over the processes."""
+        if self._new(("data", _without_floats(cli.config.data.as_dict()))):
+            cli.datamodule.check()
+        try:
+            cli.datamodule.accumulate(self.place.world_size)
+        except UserError as error:
+            raise UserError(f"{error}{self._smaller(cli.datamodule)}") from error
+        batch, size = cli.datamodule.global_batch_size, self.place.world_size
+        if getattr(cli.datamodule, "max_tokens", None) is None and batch % size:
+            below, above = nearest_divisors(batch, size)
+            self._warnings[
+                f"data.global_batch_size={batch} over {size} processes leaves some waiting for others at each step; "
+                f"{below} or {above} processes divide it evenly"
+            ] = None
+
+    def _smaller(self, datamodule: Any) -> str:
+        """Name the largest job of this shape over which the batch can be divided."""
+        procs = self.place.procs_per_node
+        for nodes, count in ((n, p) for p in range(procs, 0, -1) for n in range(self.place.nodes, 0, -1)):
+            try:
+                datamodule.accumulate(nodes * count)
+            except UserError:
+                continue
+            return f", such as --nodes {nodes} --procs-per-node {count}"
+        return ""
+
+    def _check_memory(self, cli: Any) -> None:
+        """Compare what the training needs with what a GPU has."""
+        config = cli.config.as_dict()
+        parts = [_without_floats(config[part]) for part in ("model", "data", "trainer")]
+        memory = self.place.gpu_memory
+        if not (memory and self.place.gpus_per_node) or not self._new(("memory", parts)):
+            return
+        from paperscale.training.estimate import estimate, gib
+
+        found = estimate(cli, self.place.world_size)
+        if found.certain > memory:
+            raise UserError(
+                f"parameters, gradients and optimizer state take {gib(found.certain)} of a GPU's {gib(memory)}: this "
+                "model does not fit; use GPUs with more memory, a smaller model, or trainer.precision=bf16-true"
+            )
+        if found.total > memory:
+            self._warnings[
+                f"training will take about {gib(found.total)} of a GPU's {gib(memory)}, {gib(found.activations or 0)} "
+                f"of it for {found.samples} samples a pass: set data.micro_batch_size below {found.samples}"
+            ] = None
+
+
+def check_trainer(trainer: Any, place: Place) -> None:
+    """Check the section ``trainer`` against where it is to run.
+
+    Raises:
+        UserError: a value contradicts the job's, or cannot run there.
+    """
+    if trainer.devices not in ("auto", 1, "1") or trainer.num_nodes != 1:
+        raise UserError(
+            "trainer.devices and trainer.num_nodes are the job's: "
+            "use --nodes and --procs-per-node of `paperscale submit`"
+        )
+    check_strategy(trainer.strategy, place.world_size)
+    _check_accelerator(trainer.accelerator, place)
+    on_gpu = bool(place.gpus_per_node) and trainer.accelerator != "cpu"
+    precision = str(trainer.precision)
+    if not on_gpu and precision in _PRECISIONS:
+        raise UserError(
+            f"trainer.precision={precision} needs a GPU; on CPUs use trainer.precision={_PRECISIONS[precision]}"
+        )
+    for start, package in (("transformer-engine", "transformer_engine"), ("nf4", "bitsandbytes")):
+        if precision.startswith(start) and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"trainer.precision={precision} needs the package {package}, which is not installed; install it, "
+                "or use trainer.precision=bf16-mixed"
+            )
+
+
+def check_strategy(strategy: Any, world_size: int) -> None:
+    """Check that a strategy is one that can run on that many processes.
+
+    Args:
+        strategy: a name of Lightning's, or ``class_path`` and ``init_args``.
+        world_size: processes.
+
+    Raises:
+        UserError: it is not.
+    """
+    from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
+
+    if isinstance(strategy, str):
+        known = ["auto", *StrategyRegistry.available_strategies()]
+        if strategy not in known:
+            raise UserError(f"trainer.strategy={strategy}: there is no such strategy{nearest(strategy, known)}")
+        name, runs = strategy, strategy in ("auto", "single_device") or strategy.startswith("ddp")
+        single = strategy == "single_device"
+    else:
+        module, _, name = strategy.class_path.rpartition(".")
+        kind = getattr(importlib.import_module(module), name)
+        runs, single = issubclass(kind, (DDPStrategy, SingleDeviceStrategy)), issubclass(kind, SingleDeviceStrategy)
+    if any(word in name for word in _OWN_PROCESSES):
+        raise UserError(f"trainer.strategy={name}: the job starts the processes; use trainer.strategy=ddp")
+    if name.lower().startswith("deepspeed") and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            f"trainer.strategy={name} needs the package deepspeed, which is not installed; "
+            "`pip install deepspeed`, or use trainer.strategy=ddp"
+        )
+    if not runs:
+        raise UserError(f"trainer.strategy={name}: runs are checkpointed by ddp alone so far; use trainer.strategy=ddp")
+    if single and world_size > 1:
+        raise UserError(
+            f"trainer.strategy={name} is for one process, this job has {world_size}; use trainer.strategy=ddp"
+        )
+
+
+def _check_accelerator(accelerator: Any, place: Place) -> None:
+    gpus, procs = place.gpus_per_node, place.procs_per_node
+    if accelerator in _ON_GPU and not gpus:
+        raise UserError(
+            f"trainer.accelerator={accelerator}: this job has no GPUs; ask for them with --gpus-per-node (or "
+            "gpus_per_node in the cluster's profile), or leave trainer.accelerator out"
+        )
+    if gpus and accelerator != "cpu" and procs > gpus:
+        raise UserError(
+            f"{procs} processes on a node with {gpus} GPUs: each process trains on a GPU of its own; use "
+            f"--procs-per-node {gpus}, or trainer.accelerator=cpu"
+        )
+
+
+def nearest_divisors(batch: int, size: int) -> tuple[int, int]:
+    """Return the divisors of ``batch`` next to ``size``, below and above it; ``size`` is less than ``batch``."""
+    divisors = [number for number in range(1, batch + 1) if batch % number == 0]
+    return max(d for d in divisors if d < size), min(d for d in divisors if d > size)
+
+
+def _without_floats(value: Any) -> Any:
+    """Return a configuration without its fractions: rates and factors change no shape."""
+    if isinstance(value, dict):
+        return {key: _without_floats(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_floats(inner) for inner in value]
+    return None if isinstance(value, float) else value

@@ -1,0 +1,173 @@
+#!/bin/bash
+#SBATCH --job-name=run-1
+#SBATCH --partition=gpu
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=96
+#SBATCH --gpus-per-node=8
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --time=1-00:00:00
+#SBATCH --signal=USR1@120
+#SBATCH --open-mode=append
+#SBATCH --output=/home/me/runs/run-1/job.log
+#SBATCH --requeue
+#
+# run-1: resnet20-mnist on 4 x 8 processes.
+# Written by paperscale VERSION. Each start of this script is one attempt of the run: it continues from
+# the newest verified checkpoint, and asks to be run again if the training says so (exit code 75).
+
+cd /home/me/work || exit
+
+# The environment, as the profile gpu has it.
+export OMP_NUM_THREADS=12
+
+set -uo pipefail
+run=/home/me/runs/run-1
+python=/home/me/venv/bin/python
+
+export PYTHONPATH="$run/code${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONUNBUFFERED=1
+export PAPERSCALE_HANG_S=  # seconds without a step; none: from the time of a step
+export PAPERSCALE_START_S=600  # seconds to the first step
+
+# SLURM: one task on each node, which starts and watches the node's processes.
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MASTER_ADDR=$(scontrol show node "$(head -n 1 <<<"$nodes")" --oneliner | grep -oP ' NodeAddr=\K\S+')
+export MASTER_ADDR
+export SRUN_CPUS_PER_TASK=96  # srun has ceased to take it from the job
+export SLURM_EXPORT_ENV=ALL  # where sbatch was told to export nothing, srun would do the same
+
+launch() {
+    srun --kill-on-bad-exit=1 --output="${logs//%/%%}/node-%n.log" "$@"
+}
+again() { scontrol requeue "$job"; }
+
+# -- one attempt of the run, and what is next -------------------------------------------------------------------------
+
+max_requeues=100  # attempts after the first
+max_stalled=3  # attempts in a row without a new checkpoint
+
+say() { echo "$(date +%FT%T) $*"; }
+stop() { say "stopped: $*"; exit "$code"; }
+newest_checkpoint() { ls "$run/checkpoints" | tail -n 1; }  # names sort by step; an unfinished one is hidden
+
+# SLURM: the scheduler runs this script again, or the next job of the train takes over.
+job=$SLURM_JOB_ID
+if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi  # the number alone may mean all
+
+# Why the attempt has ended. The scheduler ends a job's steps before the job, so it can still be asked.
+cause() {
+    local facts
+    case $code in
+    0) echo finished; return ;;
+    1 | 2) echo failed; return ;;
+    78) echo bad-node; return ;;
+    esac
+    facts=" $(scontrol show job "$job" --oneliner 2>/dev/null) "
+    case $facts in
+    *" JobState="*) ;;
+    *) echo unknown; return ;;  # the controller does not answer
+    esac
+    if [[ $facts =~ \ Restarts=([0-9]+)\  ]] && ((BASH_REMATCH[1] > ${SLURM_RESTART_COUNT:-0})); then
+        echo requeue
+    elif [[ $facts == *" Reason=TimeLimit "* ]] || grep -qs '"reason": "SIGUSR1' "$logs/attempt.json"; then
+        echo time-limit
+    elif [[ $facts =~ \ PreemptTime=[0-9] ]]; then
+        echo preemption
+    elif [[ $facts != *" JobState=RUNNING "* ]]; then
+        echo cancel
+    else
+        case $code in
+        75) echo signal ;;
+        76) echo lost ;;
+        77) echo hang ;;
+        *) echo killed ;;
+        esac
+    fi
+}
+
+leave_train() {
+    if ((1 > 1)); then scancel --state=PENDING "$SLURM_ARRAY_JOB_ID" 2>/dev/null; fi
+}
+
+# The controller may be away for a while; the allocation waits for it, for five minutes at most.
+requeue() {
+    if ((1 > 1 && SLURM_ARRAY_TASK_ID < SLURM_ARRAY_TASK_MAX)); then exit 0; fi
+    local deadline=$((SECONDS + 300))
+    until again; do
+        if ((SECONDS > deadline)); then return 1; fi
+        sleep 5
+    done
+    exclude
+}
+
+# Nodes that were found bad within twelve hours are left out, as long as enough others are there.
+exclude() {
+    if [[ -s $logs/suspects ]]; then cat "$logs/suspects" >>"$run/excluded"; fi
+    if [[ ! -s $run/excluded ]]; then return 0; fi
+    local hosts all
+    hosts=$(awk -v now="$(date +%s)" 'now - $2 < 43200 { print $1 }' "$run/excluded" | sort -u)
+    all=$(sinfo -h -N -p "$SLURM_JOB_PARTITION" -o %N | sort -u)
+    if (($(comm -23 <(echo "$all") <(echo "$hosts") | wc -l) < 4)); then
+        say "WARNING without $(paste -sd, <<<"$hosts") too few nodes would be left: they are tried again"
+        return 0
+    fi
+    if scontrol update JobId="$job" ExcNodeList="$(paste -sd, <<<"$hosts")"; then
+        say "without $(paste -sd, <<<"$hosts") from now on"
+    fi
+}
+
+trap : TERM USR1 USR2  # a signal to the job is for the training; this script outlives it to decide what is next
+
+code=0
+if [[ -e $run/results.json ]]; then stop "the run is finished"; fi
+if [[ -e $run/cancelled ]]; then stop "the run is cancelled"; fi
+
+attempt=$(($(ls "$run/attempts" | wc -l) + 1))
+logs=$run/attempts/$(printf %04d "$attempt")
+mkdir "$logs" || { say "failed for good: $logs cannot be made"; exit 1; }
+before=$(newest_checkpoint)
+say "attempt $attempt on $HOSTNAME, from ${before:-the start}"
+
+launch "$python" -m paperscale.jobs.agent "$run" "$attempt"
+code=$?
+if [[ -s $logs/verdict ]]; then
+    code=$(<"$logs/verdict")  # of what failed first: the other ranks and nodes end with codes of their own
+elif ((code != 0 && code != 75 && code < 128)); then
+    code=76  # no agent has come to a verdict: it is the launch that failed
+fi
+echo "$code" >"$logs/exit_code"
+cause=$(cause)
+echo "$cause" >"$logs/cause"
+
+if ((code == 0)); then
+    say "finished"
+    leave_train
+    exit 0
+fi
+error=$(cat "$logs/error" 2>/dev/null || echo "see $logs")
+if ((code == 79)); then stop "$error"; fi
+if ((code == 1 || code == 2)); then
+    say "failed for good (exit code $code): $error"
+    leave_train
+    exit "$code"
+fi
+
+# Run again, unless nobody wants that or it leads nowhere.
+say "attempt $attempt ended: $cause (exit code $code)$( ((code == 75)) || echo ", $error")"
+stalled=$(cat "$run/stalled" 2>/dev/null || echo 0)
+if [[ $(newest_checkpoint) != "$before" ]]; then
+    stalled=0
+elif [[ $cause != preemption && $cause != requeue && $cause != bad-node ]]; then  # not for want of the run's own
+    stalled=$((stalled + 1))
+fi
+echo "$stalled" >"$run/stalled"
+
+if [[ $cause == cancel && ! -e $run/cancelled ]]; then echo scancel >"$run/cancelled"; fi
+if [[ -e $run/cancelled ]]; then stop "cancelled by $(cat "$run/cancelled")"; fi
+if [[ $cause == requeue ]]; then stop "the scheduler runs this job again by itself"; fi
+if ((attempt > max_requeues)); then stop "$attempt attempts are the most allowed"; fi
+if ((stalled >= max_stalled)); then stop "$stalled attempts in a row without a new checkpoint"; fi
+say "run again"
+requeue || stop "it could not be requeued; continue with: paperscale resume run-1"
