@@ -25,6 +25,7 @@ from paperscale.jobs.status import status
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("dev_cluster")]
 
 SLOWLY = callback("Slowly", seconds=0.2)
+SLOW = callback("Slowly", seconds=5.0, first="true")
 
 
 def recovered(run: Run, fault: str, since: float, attempt: int = 1) -> Recovery:
@@ -130,8 +131,8 @@ def test_a_disk_that_is_full_for_a_while_costs_no_step(submit, whole):
 
 def test_a_node_loses_power(submit, whole):
     """Nobody is told; SLURM finds out, and runs the job elsewhere."""
-    run = submit("power", NO_WANDB, callbacks=(SLOWLY,), nodes=1, procs_per_node=2)
-    at_least(run, 6)
+    run = submit("power", NO_WANDB, "checkpoint.every_n_steps=1", callbacks=(SLOW,), nodes=1, procs_per_node=2)
+    at_least(run, 2)
     lost, since = node_of(run), time.time()
     devcluster("crash", lost)
     found = recovered(run, "a node loses power (SlurmdTimeout 20 s)", since)
@@ -151,8 +152,8 @@ def test_a_node_is_drained(submit, whole):
 
 def test_the_network_of_a_node_is_cut(submit, whole):
     """The rank on the cut node lives on; it is fenced off before it can write into the run that goes on elsewhere."""
-    run = submit("cut-off", NO_WANDB, callbacks=(SLOWLY,), nodes=1, procs_per_node=2)
-    at_least(run, 6)
+    run = submit("cut-off", NO_WANDB, "checkpoint.every_n_steps=1", callbacks=(SLOW,), nodes=1, procs_per_node=2)
+    at_least(run, 2)
     lost, since = node_of(run), time.time()
     devcluster("cut", lost)
     found = recovered(run, "a node's network is cut (SlurmdTimeout 20 s)", since)

@@ -85,11 +85,25 @@ def test_a_task_of_an_array_is_cancelled_and_resumed_alone(sweep):
     wait_for(lambda: first.read_json("progress.json").get("step", 0) >= 2, 60)
     cancel(first)
     assert ended(first) == "cancelled"
+    now = int(time.time())
+    (first.path / "excluded").write_text(f"n1 {now - 60} no space\nn2 {now - 13 * 3600} long ago\nn1 {now} no space\n")
     resume(first, Shape())
+    assert "#SBATCH --exclude=n1\n" in first.script.read_text()
     assert first.job.isdigit()
     assert "--array" not in first.script.read_text()
     assert (ended(first), ended(second)) == ("finished", "finished")
+    assert first.attempts()[-1].facts["host"] == "n2"
     assert len(second.attempts()) == 1
+
+
+def test_bad_nodes_are_tried_again_where_too_few_would_be_left(submit, capsys):
+    run = submit("two", "trainer.max_steps=1", nodes=2, callbacks=(callback("Broken"),))
+    assert ended(run) == "failed"
+    (run.path / "excluded").write_text(f"n1 {int(time.time())} no space\n")
+    resume(run, Shape())
+    assert "--exclude" not in run.script.read_text()
+    assert "without n1, found bad lately, too few nodes would be left" in capsys.readouterr().err
+    assert ended(run) == "failed"
 
 
 def test_arrays_are_split_at_the_clusters_largest(sweep, monkeypatch):

@@ -132,7 +132,8 @@ def recovery(run: Run, attempt: int, since: float, timeout_s: float = 600) -> It
         if time.time() - since > timeout_s:
             raise UserError(f"run '{run.name}' has not gone on within {timeout_s:.0f} s; see `paperscale status`")
         time.sleep(0.2)
-    ended = struck.path / ("error" if struck.error else "exit_code")
+    traces = [struck.path / "error", struck.path / "exit_code", following.path]  # the last: where nobody was left
+    ended = next(path for path in traces if path.exists())
     yield Recovery(
         attempt,
         struck.cause,

@@ -92,7 +92,7 @@ class Run:
     def info(self) -> RunInfo:
         """Return what was fixed when the run was created."""
         try:
-            return RunInfo(**json.loads((self.path / "run.json").read_text()))
+            return RunInfo(**json.loads(_content(f"{self.path}/run.json")))
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{self.path} is not a run: its run.json cannot be read ({error})") from error
 
@@ -130,13 +130,15 @@ class Run:
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Return the content of a JSON file of the run, empty where it does not exist yet."""
-        return read_json(self.path / name)
+        return read_json(f"{self.path}/{name}")
 
     @property
     def job(self) -> str | None:
         """Return the id of the job that carries the run now."""
-        path = self.path / "job"
-        return path.read_text().strip() if path.exists() else None
+        try:
+            return _content(f"{self.path}/job").decode().strip()
+        except FileNotFoundError:
+            return None
 
     def set_job(self, job: str) -> None:
         """Note the job that carries the run now."""
@@ -275,13 +277,18 @@ class Attempt:
         return self.path / f"rank-{rank}.log"
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path | str) -> dict[str, Any]:
     """Return a JSON file's content, empty where it does not exist."""
     try:
-        with open(path, "rb") as file:  # noqa: PTH123  a third of the time of read_text, for ten thousand runs
-            return json.loads(file.read())
+        return json.loads(_content(path))
     except (OSError, ValueError):
         return {}
+
+
+def _content(path: Path | str) -> bytes:
+    """Return a file's content, in a third of the time that pathlib takes: there may be ten thousand runs."""
+    with open(path, "rb") as file:  # noqa: PTH123
+        return file.read()
 
 
 def _read(path: Path) -> str:

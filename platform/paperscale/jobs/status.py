@@ -30,7 +30,7 @@ STALE_S = 30.0
 
 _RUN_AGAIN = (REQUEUE, LOST, HUNG, BAD_NODE)
 _PART = 100  # runs that one thread reads at a time
-_SLOW_S = 0.0005  # seconds to read a run: more, and it is a network file system, where threads wait side by side
+_SLOW_S = 0.002  # seconds to read a run: more, and it is a network file system, where threads wait side by side
 
 
 @dataclass(frozen=True)

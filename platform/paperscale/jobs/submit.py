@@ -18,7 +18,7 @@ from paperscale.jobs import snapshot
 from paperscale.jobs.engines import ENGINES
 from paperscale.jobs.profile import Profile
 from paperscale.jobs.render import render
-from paperscale.jobs.run import Run, RunInfo, create, find_run, free_name, refuse_taken
+from paperscale.jobs.run import Run, RunInfo, create, find_run, free_name, refuse_taken, runs_dir
 from paperscale.jobs.turns import start_queue
 from paperscale.jobs.validation import Place, Validator
 from paperscale.recipes import RecipeArguments
@@ -97,6 +97,8 @@ class Turn:
         if self.after is None:
             return None
         run = find_run(self.after)
+        if run.path.parent != runs_dir():
+            raise UserError(f"--after {self.after}: that run is not in {runs_dir()}; set PAPERSCALE_RUNS to its folder")
         now = status(run)
         if now.state == "finished":
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import sys
@@ -132,7 +133,9 @@ def table(found: Sequence[tuple[Facts, RunStatus]], height: int) -> RenderableTy
     """Return the runs, one a line."""
     if not found:
         return Text("no run is alive; `paperscale runs` lists all")
-    rows = Table(*_HEAD, box=None, pad_edge=False)
+    rows = Table(box=None, pad_edge=False)
+    for name in _HEAD:
+        rows.add_column(name, overflow="fold", no_wrap=name not in ("run", "last sign"))
     room = max(3, height - 5)
     for facts, now in found[:room]:
         rows.add_row(*_row(facts, now))
@@ -183,7 +186,8 @@ def _curve_of_loss(run: Run, width: int, height: int) -> list[RenderableType]:
     drawn = curve(values, width, height)
     if len(values) < 2 or not drawn:
         return []
-    title = f"loss, steps {rows[0]['step']} to {rows[-1]['step']}: last {values[-1]:.4f}, least {min(values):.4f}"
+    least = min(value for value in values if math.isfinite(value))
+    title = f"loss, steps {rows[0]['step']} to {rows[-1]['step']}: last {values[-1]:.4f}, least {least:.4f}"
     return ["", Text(title, style="dim"), Text("\n".join(drawn), style="cyan", no_wrap=True)]
 
 

@@ -158,7 +158,7 @@ class Checkpointing(Checkpoint):
         if not batch["cursor"].last:
             return
         step = trainer.global_step
-        decision = self.agreement.reached(step)
+        decision = self.agreement.reached()
         self._stopping, self._saving = decision == "stop", self._saving or decision == "save"
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return  # the epoch's end follows, after validation: a checkpoint from here would skip it

@@ -132,6 +132,7 @@ say "attempt $attempt on $HOSTNAME, from ${before:-the start}"
 
 launch "$python" -m paperscale.jobs.agent "$run" "$attempt"
 code=$?
+trap '' TERM USR1 USR2  # and from here on for nobody: a trapped signal would still end the commands below
 if [[ -s $logs/verdict ]]; then
     code=$(<"$logs/verdict")  # of what failed first: the other ranks and nodes end with codes of their own
 elif ((code != 0 && code != 75 && code < 128)); then
