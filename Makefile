@@ -5,7 +5,7 @@ NODES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-full lint format cluster-up cluster-down wheel clean
+.PHONY: help setup demo test test-full lint format cluster-up cluster-down faults wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -42,6 +42,11 @@ cluster-up: ## start a real SLURM of NODES nodes on this machine (installs it on
 
 cluster-down: ## stop it and remove every trace
 	cluster/dev/devcluster down
+
+faults: setup ## break the development cluster (3 nodes) in every way, and write what was measured into docs/faults.md
+	rm -f $(VENV)/faults.jsonl
+	PAPERSCALE_FAULTS=$(CURDIR)/$(VENV)/faults.jsonl $(BIN)/pytest tests/cluster/test_faults.py
+	$(BIN)/python tests/cluster/fault_table.py $(VENV)/faults.jsonl docs/faults.md
 
 wheel: setup ## build the wheel into dist/
 	$(BIN)/python -m build --wheel

@@ -54,8 +54,9 @@ _OF_THE_DISK = {
 
 
 _LOST = re.compile(
-    r"connection (?:closed|reset|refused|was likely closed)|broken pipe|timed out waiting|socket timeout|no route to host"
-    r"|connectfullmesh|remote process exited|network error|unhandled system error|failed to recv|watchdog caught",
+    r"connection (?:closed|reset|refused|was likely closed)|broken pipe|no route to host|connectfullmesh"
+    r"|timed out waiting|socket timeout|failed to recv|watchdog caught"
+    r"|remote process exited|network error|unhandled system error",
     re.IGNORECASE,
 )
 

@@ -75,7 +75,7 @@ def test_a_sweep_is_one_array_whose_tasks_are_requeued_alone(sweep):
     wait_for(over, 150, "the sweep")
     assert [status(run).state for run in of.runs] == ["finished"] * 3, [log(run) for run in of.runs]
     assert most == 2
-    assert [len(run.attempts()) for run in of.runs] == [2, 1, 1]
+    assert [len(run.attempts()) for run in of.runs] == [2, 1, 1], log(of.runs[0])
     assert [log(run).count("attempt 1 on ") for run in of.runs] == [1, 1, 1], "a log of its own"
 
 

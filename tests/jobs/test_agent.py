@@ -16,8 +16,7 @@ import pytest
 from helpers import wait_for
 from jobs.conftest import callback
 from paperscale.errors import BAD_NODE, FAILED, FINISHED, HUNG, REQUEUE, SUPERSEDED, USER_ERROR
-from paperscale.jobs.agent import ORDER
-from paperscale.jobs.preflight import DRILL
+from paperscale.jobs.faults import BAD_NODE_ORDER, ORDER
 from paperscale.jobs.run import Attempt, Run, RunInfo, create
 from paperscale.recipes import RecipeArguments
 from paperscale.training.checkpoint import newest_verified
@@ -170,7 +169,7 @@ def test_the_stop_switch_checkpoints_and_stops(start):
 def test_a_bad_node_is_named_before_its_ranks_start(start):
     one = start()
     one.ends()
-    (one.run.path / DRILL).write_text(os.uname().nodename)
+    (one.run.path / BAD_NODE_ORDER).write_text(os.uname().nodename)
     two = start(run=one.run)
     assert two.ends() == BAD_NODE
     assert (two.attempt.path / "suspects").read_text().split()[0] == os.uname().nodename

@@ -24,6 +24,7 @@ from paperscale.cli.options import (
     shape_options,
 )
 from paperscale.errors import FAILED, FINISHED, UserError
+from paperscale.jobs.faults import FAULTS
 
 if TYPE_CHECKING:
     from paperscale.jobs.run import Run
@@ -64,13 +65,14 @@ def add_commands(add: Add) -> None:
     run_argument(diff, "other_name", "OTHER")
     diff.add_argument("--code", action="store_true", help="print the differences of the code as a patch, nothing else")
     diff.add_argument("--json", action="store_true", help="print JSON")
-    drill = add("drill", run_drill, "make a fault happen to a running job, to see it recover")
+    drill = add("drill", run_drill, "make a fault happen to a running job, and see it recover")
     run_argument(drill)
-    drill.add_argument(
-        "fault",
-        choices=["preempt"],
-        help="preempt: the signal that a scheduler sends before it takes the nodes",
-    )
+    faults = "; ".join(f"{name}: {what}" for name, what in FAULTS.items())
+    drill.add_argument("fault", choices=list(FAULTS), metavar="FAULT", help=faults)
+    drill.add_argument("--rank", type=position, help="rank that is struck (default: the last; fill-disk: 0)")
+    drill.add_argument("--node", help="node of bad-node (default: the last)")
+    drill.add_argument("--no-wait", action="store_true", help="do not wait until it trains again")
+    drill.add_argument("--json", action="store_true", help="print what came of it as JSON")
 
 
 def _add_runs(runs: Parser) -> None:
@@ -313,10 +315,26 @@ def _side(row: dict[str, Any], side: str) -> str:
 
 
 def run_drill(args: argparse.Namespace) -> int:
-    """Preempt a running job."""
-    from paperscale.jobs.drill import preempt
+    """Make a fault happen; tell how long it took until the training went on."""
+    import dataclasses
+    import time
 
-    print(preempt(find(args)))
+    from paperscale.jobs.drill import Recovery, drill, recovery
+
+    run = find(args)
+    attempt, since = len(run.attempts()), time.time()
+    done = drill(run, args.fault, args.rank, args.node)
+    if not args.json:
+        print(done)
+    if args.fault == "fill-disk":
+        print(f"training goes on; `paperscale logs {run.name}` says what could not be written")
+        return FINISHED
+    attempt += args.fault == "bad-node"  # the next attempt is the one that it strikes
+    for seen in () if args.no_wait else recovery(run, attempt, since):
+        if not args.json:
+            print(seen)
+        elif isinstance(seen, Recovery):
+            _print_json(dataclasses.asdict(seen))
     return FINISHED
 
 

@@ -24,6 +24,7 @@ from types import FrameType
 from typing import Any
 
 from paperscale.errors import BAD_NODE, HUNG, LOST, REQUEUE, SUPERSEDED
+from paperscale.jobs.faults import FULL_S, ORDER
 from paperscale.jobs.network import interface_towards
 from paperscale.jobs.preflight import BadNode, NodeReport, check_node
 from paperscale.jobs.run import Attempt, Run, read_json
@@ -38,10 +39,6 @@ GRACE_S = 10.0
 LAST_GRACE_S = 60.0
 """Seconds between the first rank that is through and the last."""
 RENDEZVOUS_S = 120.0
-ORDER = "drill.json"
-"""A file in the run's directory by which `paperscale drill` asks for a fault of a rank."""
-FULL_S = 30.0
-"""Seconds that a drill of a full disk lasts."""
 _OUT_OF_MEMORY = " (by a person, or for want of memory: see `dmesg` of the node, and ask for more with mem_per_node)"
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
@@ -107,7 +104,7 @@ class Agent:
 
     def _fail(self, code: int, error: str) -> int:
         """Record what ends the attempt, unless something else has before; return the code that counts."""
-        say(f"{self.host}: {error}")
+        say(error)
         self.attempt.fail(code, error)
         return self.attempt.verdict or code
 
@@ -210,7 +207,7 @@ class Agent:
 
     def _look(self) -> None:
         if self.run.attempts()[-1].number > self.attempt.number:
-            say(f"{self.host}: a newer attempt has taken over the run; this one ends without a trace")
+            self._fail(SUPERSEDED, f"{self.host}: a newer attempt has taken over the run")
             self._end(SUPERSEDED)
         elif (verdict := self.attempt.verdict) is not None and self.failed_at is None:
             say(f"{self.host}: ends with exit code {verdict}: {self.attempt.error}")

@@ -14,19 +14,11 @@ from dataclasses import dataclass
 
 from paperscale.data.writer import write_atomically
 from paperscale.errors import UserError
-from paperscale.jobs.agent import ORDER
 from paperscale.jobs.engines import ENGINES
-from paperscale.jobs.preflight import DRILL
+from paperscale.jobs.faults import BAD_NODE_ORDER, FAULTS, ORDER
 from paperscale.jobs.run import Attempt, Run
 from paperscale.jobs.status import LIVE, status
 
-FAULTS = {
-    "preempt": "the signal that a scheduler sends before it takes the nodes",
-    "kill-rank": "a rank's process is killed",
-    "hang": "a rank's process is stopped, as by a dead file system",
-    "bad-node": "a node does not pass the preflight of the next attempt",
-    "fill-disk": "a rank's writes fail for half a minute, as on a full disk",
-}
 _TAKEN_S = 30.0
 
 
@@ -35,7 +27,7 @@ def drill(run: Run, fault: str, rank: int | None = None, node: str | None = None
 
     Args:
         run: a run whose job is running.
-        fault: one of :data:`FAULTS`.
+        fault: one of :data:`~paperscale.jobs.faults.FAULTS`.
         rank: that is hit; by default the last, for ``fill-disk`` rank 0, which writes the most.
         node: for ``bad-node``; by default the last.
 
@@ -78,7 +70,7 @@ def _bad_node(run: Run, node: str | None) -> str:
     if not hosts or (node and node not in hosts):
         raise UserError(f"run '{run.name}' is on {', '.join(hosts) or 'no node yet'}; use one of these as --node")
     chosen = node or hosts[-1]
-    write_atomically(run.path / DRILL, chosen.encode())
+    write_atomically(run.path / BAD_NODE_ORDER, chosen.encode())
     return f"{chosen} will not pass the next preflight; {preempt(run)}"
 
 

@@ -17,10 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from paperscale.jobs.faults import BAD_NODE_ORDER
 from paperscale.jobs.run import Run
 
-DRILL = "drill-bad-node"
-"""A file in the run's directory that names a node which is to fail its preflight."""
 _SLOW_NAME_S = 1.0
 _STALE_LOCK_S = 600.0
 _LEAST_BYTES = 200 << 20
@@ -57,7 +56,7 @@ def check_node(run: Run, attempt: Path, gpus: int) -> NodeReport:
         BadNode: it cannot carry the run; says why.
     """
     report = NodeReport(socket.gethostname())
-    drill = run.path / DRILL
+    drill = run.path / BAD_NODE_ORDER
     if drill.exists() and drill.read_text().strip() == report.host:
         drill.unlink(missing_ok=True)
         raise BadNode("declared bad by `paperscale drill`")

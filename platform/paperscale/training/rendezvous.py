@@ -55,7 +55,8 @@ class Preflight:
         nodes = len(set(self.hosts))
         return (
             f"preflight: {self.ranks} ranks on {nodes} node{'s' * (nodes > 1)} ({self.device}), together after "
-            f"{self.joined_s:.1f} s, clocks within {1000 * self.clock_s:.0f} ms, all-reduce {self.all_reduce_gb_s:.2f} GB/s"
+            f"{self.joined_s:.1f} s, clocks within {1000 * self.clock_s:.0f} ms, "
+            f"all-reduce {self.all_reduce_gb_s:.2f} GB/s"
         )
 
 

@@ -139,6 +139,8 @@ if [[ -e $run/results.json ]]; then stop "the run is finished"; fi
 if [[ -e $run/cancelled ]]; then stop "the run is cancelled"; fi
 
 attempt=$(($(ls "$run/attempts" | wc -l) + 1))
+previous=$run/attempts/$(printf %04d $((attempt - 1)))
+if ((attempt > 1)) && [[ ! -e $previous/cause ]]; then echo node-failure >"$previous/cause"; fi  # nobody was left to say
 logs=$run/attempts/$(printf %04d "$attempt")
 mkdir "$logs" || { say "failed for good: $logs cannot be made"; exit 1; }
 before=$(newest_checkpoint)
@@ -153,6 +155,7 @@ elif ((code != 0 && code != 75 && code < 128)); then
     code=76  # no agent has come to a verdict: it is the launch that failed
 fi
 echo "$code" >"$logs/exit_code"
+if ((code == 79)); then stop "$(cat "$logs/error")"; fi  # another start of this script owns the run
 cause=$(cause)
 echo "$cause" >"$logs/cause"
 
@@ -162,7 +165,6 @@ if ((code == 0)); then
     exit 0
 fi
 error=$(cat "$logs/error" 2>/dev/null || echo "see $logs")
-if ((code == 79)); then stop "$error"; fi
 if ((code == 1 || code == 2)); then
     say "failed for good (exit code $code): $error"
     leave_train
