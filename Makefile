@@ -45,7 +45,7 @@ cluster-down: ## stop it and remove every trace
 
 faults: setup ## break the development cluster (3 nodes) in every way, and write what was measured into docs/faults.md
 	rm -f $(VENV)/faults.jsonl
-	PAPERSCALE_FAULTS=$(CURDIR)/$(VENV)/faults.jsonl $(BIN)/pytest tests/cluster/test_faults.py
+	PAPERSCALE_FAULTS=$(CURDIR)/$(VENV)/faults.jsonl $(BIN)/pytest tests/cluster/test_fault_matrix.py
 	$(BIN)/python tests/cluster/fault_table.py $(VENV)/faults.jsonl docs/faults.md
 
 wheel: setup ## build the wheel into dist/

@@ -14,7 +14,7 @@ from paperscale.cli import build_parser, main
 from paperscale.data.shards import ShardSet
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs/data.md"]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def commands_in(path: Path) -> list[str]:

@@ -9,6 +9,8 @@ import shutil
 import signal
 from pathlib import Path
 
+import pytest
+
 from helpers import trained_samples, wait_for
 from jobs.conftest import callback, ended
 from paperscale.jobs.engines import ENGINES
@@ -45,6 +47,7 @@ def forget_lost_steps(run: Run) -> int:
     return newest
 
 
+@pytest.mark.slow
 def test_killed_on_two_ranks_and_resumed_on_one_three_and_four(submit_tiny, tmp_path):
     whole = submit_tiny("whole", *SET)
     assert ended(whole) == "finished"

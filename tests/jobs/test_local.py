@@ -99,6 +99,7 @@ def test_attempts_without_progress_are_stopped(submit_tiny):
     assert "3 attempts in a row without a new checkpoint" in (run.path / "job.log").read_text()
 
 
+@pytest.mark.slow
 def test_cancel_checkpoints_and_is_not_run_again_until_resumed(submit_tiny, whole):
     run = submit_tiny("cancelled", "tracking.enabled=false", callbacks=(callback("Slowly", seconds=0.2),))
     wait_for(lambda: run.read_json("progress.json").get("step", 0) >= 3)
@@ -118,6 +119,7 @@ def test_cancel_checkpoints_and_is_not_run_again_until_resumed(submit_tiny, whol
         resume(run, Shape())
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_trains_on_the_same_global_batches(submit_tiny, whole):
     run = submit_tiny("elastic", "tracking.enabled=false", callbacks=(callback("Slowly", seconds=0.2),))
     wait_for(lambda: run.read_json("progress.json").get("step", 0) >= 3)
@@ -159,6 +161,7 @@ def test_three_processes_are_bit_identical_too(submit_tiny):
     assert rows(run) == rows(whole)
 
 
+@pytest.mark.slow
 def test_drill_preempts_a_running_job(submit_tiny):
     run = submit_tiny("drilled", "tracking.enabled=false", callbacks=(callback("Slowly", seconds=0.1),))
     wait_for(lambda: run.read_json("progress.json").get("step", 0) >= 2)

@@ -119,6 +119,7 @@ def sweep_tiny(runs: Path, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch):
             ENGINES[run.info.engine].cancel(run)
 
 
+@pytest.mark.slow
 def test_a_sweep_on_this_machine_runs_one_after_the_other(sweep_tiny):
     """Each with its own values and W&B run, in one group, of one copy of the code; a cancelled one is passed over."""
     sweep = sweep_tiny("lr", "model.lr=[0.05,0.01]", "seed_everything=[2]", "trainer.max_epochs=1,2", words=QUICK)
@@ -219,6 +220,7 @@ def test_a_dry_run_lists_the_runs_and_writes_nothing(runs, tiny_recipe, capsys):
     assert "    s-lr0.2  # model.lr=0.2\n" in script
 
 
+@pytest.mark.slow
 def test_a_run_after_another_waits_for_it(sweep_tiny):
     first = sweep_tiny("first", "seed_everything=1", callbacks=(callback("Slowly", seconds=0.2),)).runs[0]
     second = sweep_tiny("second", "seed_everything=1", turn=Turn("first-seed1")).runs[0]

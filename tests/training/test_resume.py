@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, Trainer
 
 from helpers import equal, final_state, rows, trained_samples
 from paperscale.data.index import load
-from paperscale.errors import FAILED, FINISHED, REQUEUE, USER_ERROR
+from paperscale.errors import FINISHED, REQUEUE, SUPERSEDED, USER_ERROR
 from paperscale.jobs.run import Attempt, Run, RunInfo, create
 from paperscale.jobs.submit import resolve
 from paperscale.jobs.worker import main as work
@@ -130,7 +130,7 @@ def test_a_replaced_attempt_does_not_write(runs, tiny_recipe):
     run = new_run("zombie", tiny_recipe)
     (run.path / "attempts/0001").mkdir()
     (run.path / "attempts/0002").mkdir()
-    assert work(str(run.path), 1) == FAILED, "and does not ask to be run again"
+    assert work(str(run.path), 1) == SUPERSEDED, "and does not ask to be run again"
     assert not list(run.checkpoints.glob("step-*"))
 
 

@@ -304,11 +304,22 @@ class Agent:
                 process.send_signal(number)
 
     def _exit_code(self) -> int:
+        """Return what the launcher is to see: srun ends all nodes at the first code that is not 0.
+
+        That the ranks were told to stop and did is therefore left to a file; node 0 writes it.
+        """
         if self.outcome is not None:
             return self.outcome
         codes = [128 - code if code < 0 else code for code in (rank.wait() for rank in self.ranks)]
         verdict = self.attempt.verdict
-        return verdict if verdict is not None else max(codes)
+        if verdict is not None or max(codes) != REQUEUE:
+            return verdict or max(codes)
+        if self.node == 0:
+            try:
+                (self.attempt.path / "verdict").write_text(f"{REQUEUE}\n")
+            except OSError:
+                return REQUEUE
+        return 0
 
 
 def say(line: str) -> None:
@@ -327,8 +338,13 @@ def main(run_dir: str, number: int) -> int:
 
     for forwarded in _FORWARDED:
         signal.signal(forwarded, note)
-    return agent.carry_out()
+    code = agent.carry_out()
+    for forwarded in _FORWARDED:
+        signal.signal(forwarded, signal.SIG_IGN)  # the outcome is decided, only the exit is left
+    return code
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2])))
+    code = main(sys.argv[1], int(sys.argv[2]))
+    sys.stdout.flush()
+    os._exit(code)  # an interpreter that winds up has given signals their default action back

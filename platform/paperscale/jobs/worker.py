@@ -358,7 +358,7 @@ class Worker:
 if __name__ == "__main__":
     from paperscale.training.callbacks import exit_now
 
-    keep_stacks(Attempt(Path(sys.argv[1]) / "attempts" / f"{int(sys.argv[2]):04d}"), int(os.environ["RANK"]))
+    keep_stacks(Attempt(Path(sys.argv[1]) / "attempts" / f"{int(sys.argv[2]):04d}"), int(os.environ.get("RANK", 0)))
     code = main(sys.argv[1], int(sys.argv[2]))
     signals.ignore()
     exit_now(code)

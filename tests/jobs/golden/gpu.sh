@@ -79,7 +79,7 @@ cause() {
         echo cancel
     else
         case $code in
-        75) echo signal ;;
+        75) if [[ -e $run/stop ]]; then echo stop; else echo signal; fi ;;
         76) echo lost ;;
         77) echo hang ;;
         *) echo killed ;;
@@ -123,6 +123,7 @@ trap : TERM USR1 USR2  # a signal to the job is for the training; this script ou
 code=0
 if [[ -e $run/results.json ]]; then stop "the run is finished"; fi
 if [[ -e $run/cancelled ]]; then stop "the run is cancelled"; fi
+if [[ -e $run/stop ]]; then stop "there is a file $run/stop"; fi
 
 attempt=$(($(ls "$run/attempts" | wc -l) + 1))
 previous=$run/attempts/$(printf %04d $((attempt - 1)))
@@ -137,7 +138,7 @@ code=$?
 trap '' TERM USR1 USR2  # and from here on for nobody: a trapped signal would still end the commands below
 if [[ -s $logs/verdict ]]; then
     code=$(<"$logs/verdict")  # of what failed first: the other ranks and nodes end with codes of their own
-elif ((code != 0 && code != 75 && code < 128)); then
+elif ((code != 0 && code != 75 && code < 128)) || [[ $code == 0 && ! -e $run/results.json ]]; then
     code=76  # no agent has come to a verdict: it is the launch that failed
 fi
 echo "$code" >"$logs/exit_code"
@@ -169,6 +170,7 @@ echo "$stalled" >"$run/stalled"
 
 if [[ $cause == cancel && ! -e $run/cancelled ]]; then echo scancel >"$run/cancelled"; fi
 if [[ -e $run/cancelled ]]; then stop "cancelled by $(cat "$run/cancelled")"; fi
+if [[ -e $run/stop ]]; then stop "there is a file $run/stop"; fi
 if [[ $cause == requeue ]]; then stop "the scheduler runs this job again by itself"; fi
 if ((attempt > max_requeues)); then stop "$attempt attempts are the most allowed"; fi
 if ((stalled >= max_stalled)); then stop "$stalled attempts in a row without a new checkpoint"; fi

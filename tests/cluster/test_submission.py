@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.dev import output
 from helpers import wait_for
 from jobs.conftest import callback, ended, submit_tiny  # noqa: F401  a fixture
 from jobs.test_sweep import NO_WANDB, sweep_tiny  # noqa: F401  a fixture
@@ -55,6 +56,7 @@ def log(run: Run) -> str:
     return (run.path / "job.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_sweep_is_one_array_whose_tasks_are_requeued_alone(sweep):
     """At most two at once; a task that is preempted does not take the others with it."""
     slow = (callback("Slowly", seconds=0.3),)
@@ -79,6 +81,7 @@ def test_a_sweep_is_one_array_whose_tasks_are_requeued_alone(sweep):
     assert [log(run).count("attempt 1 on ") for run in of.runs] == [1, 1, 1], "a log of its own"
 
 
+@pytest.mark.slow
 def test_a_task_of_an_array_is_cancelled_and_resumed_alone(sweep):
     of = sweep("alone", "seed_everything=range(2)", callbacks=(callback("Slowly", seconds=0.3),))
     first, second = of.runs
@@ -99,10 +102,12 @@ def test_a_task_of_an_array_is_cancelled_and_resumed_alone(sweep):
 def test_bad_nodes_are_tried_again_where_too_few_would_be_left(submit, capsys):
     run = submit("two", "trainer.max_steps=1", nodes=2, callbacks=(callback("Broken"),))
     assert ended(run) == "failed"
-    (run.path / "excluded").write_text(f"n1 {int(time.time())} no space\n")
+    nodes = sorted(set(output("sinfo", "-h", "-N", "-p", "debug", "-o", "%N")))
+    bad = nodes[: len(nodes) - 1]
+    (run.path / "excluded").write_text("".join(f"{node} {int(time.time())} no space\n" for node in bad))
     resume(run, Shape())
     assert "--exclude" not in run.script.read_text()
-    assert "without n1, found bad lately, too few nodes would be left" in capsys.readouterr().err
+    assert f"without {', '.join(bad)}, found bad lately, too few nodes would be left" in capsys.readouterr().err
     assert ended(run) == "failed"
 
 

@@ -65,6 +65,7 @@ def test_a_rank_is_killed(submit, whole):
     as_uninterrupted(run, whole)
 
 
+@pytest.mark.slow
 def test_a_rank_is_stopped(submit, whole):
     """SIGSTOP: found within the limit, every rank's stack kept, the rank and its node named."""
     run = submit("stopped-rank", NO_WANDB, callbacks=(SLOWLY,), cluster="watchful")
@@ -81,6 +82,7 @@ def test_a_rank_is_stopped(submit, whole):
     assert all((first.path / f"stacks-rank-{rank}.txt").stat().st_size for rank in (0, 1))
 
 
+@pytest.mark.slow
 def test_a_collective_that_one_rank_never_enters(submit, whole):
     run = submit("deadlock", NO_WANDB, callbacks=(callback("HangAt", step=11, rank=0),), cluster="watchful")
     at_least(run, 10)
@@ -91,6 +93,7 @@ def test_a_collective_that_one_rank_never_enters(submit, whole):
     as_uninterrupted(run, whole)
 
 
+@pytest.mark.slow
 def test_data_that_never_comes(submit, whole):
     run = submit(
         "stuck-data", NO_WANDB, callbacks=(callback("HangAt", step=11, rank=1, where="data"),), cluster="watchful"
@@ -103,6 +106,7 @@ def test_data_that_never_comes(submit, whole):
     as_uninterrupted(run, whole)
 
 
+@pytest.mark.slow
 def test_a_node_does_not_pass_its_preflight(submit, whole):
     """It is named and left out of the job's next start; the run goes on elsewhere."""
     run = submit("bad-node", NO_WANDB, callbacks=(SLOWLY,), nodes=1, procs_per_node=2)
@@ -118,6 +122,7 @@ def test_a_node_does_not_pass_its_preflight(submit, whole):
     as_uninterrupted(run, whole, attempts=3)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_a_while_costs_no_step(submit, whole):
     """A checkpoint fails, the training goes on; the next checkpoint is written when there is room again."""
     run = submit("full", "checkpoint.every_n_steps=2", callbacks=(callback("Slowly", seconds=2.0),))
@@ -129,6 +134,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_step(submit, whole):
     assert equal(final_state(run), final_state(whole))
 
 
+@pytest.mark.slow
 def test_a_node_loses_power(submit, whole):
     """Nobody is told; SLURM finds out, and runs the job elsewhere."""
     run = submit("power", NO_WANDB, "checkpoint.every_n_steps=1", callbacks=(SLOW,), nodes=1, procs_per_node=2)
@@ -141,6 +147,7 @@ def test_a_node_loses_power(submit, whole):
     as_uninterrupted(run, whole)
 
 
+@pytest.mark.slow
 def test_a_node_is_drained(submit, whole):
     """The job ends where it is; nothing is lost."""
     run = submit("drained", NO_WANDB, callbacks=(SLOWLY,))
@@ -150,6 +157,7 @@ def test_a_node_is_drained(submit, whole):
     assert len(run.attempts()) == 1
 
 
+@pytest.mark.slow
 def test_the_network_of_a_node_is_cut(submit, whole):
     """The rank on the cut node lives on; it is fenced off before it can write into the run that goes on elsewhere."""
     run = submit("cut-off", NO_WANDB, "checkpoint.every_n_steps=1", callbacks=(SLOW,), nodes=1, procs_per_node=2)
@@ -163,6 +171,7 @@ def test_the_network_of_a_node_is_cut(submit, whole):
     assert run.attempts()[0].verdict == 79, "superseded"
 
 
+@pytest.mark.slow
 def test_the_network_between_two_nodes_of_a_job_is_cut(submit, whole):
     """The ranks wait for each other; the watchdog ends that, and the job starts without the lost node."""
     if len(machines()["nodes"]) < 3:
@@ -177,6 +186,7 @@ def test_the_network_between_two_nodes_of_a_job_is_cut(submit, whole):
     as_uninterrupted(run, whole)
 
 
+@pytest.mark.slow
 def test_the_controller_is_away_while_the_job_runs(submit, whole):
     run = submit("no-controller", NO_WANDB, callbacks=(SLOWLY,))
     at_least(run, 4)
@@ -189,6 +199,7 @@ def test_the_controller_is_away_while_the_job_runs(submit, whole):
     assert len(run.attempts()) == 1
 
 
+@pytest.mark.slow
 def test_the_controller_is_away_when_the_job_wants_to_be_run_again(submit, whole):
     """The script keeps the allocation and asks until it is heard."""
     run = submit("unheard", NO_WANDB, callbacks=(SLOWLY,))
@@ -204,6 +215,7 @@ def test_the_controller_is_away_when_the_job_wants_to_be_run_again(submit, whole
     as_uninterrupted(run, whole)
 
 
+@pytest.mark.slow
 def test_the_port_that_others_would_take_is_taken(submit, whole):
     """The rendezvous takes a port that is free, and keeps it open until rank 0 has it."""
     held = subprocess.Popen(
