@@ -12,9 +12,10 @@ from helpers import equal, final_state, rows, trained_samples, wait_for
 from jobs.conftest import callback, ended
 from paperscale.errors import UserError
 from paperscale.jobs.drill import preempt
+from paperscale.jobs.logs import follow, print_log
 from paperscale.jobs.resume import resume
 from paperscale.jobs.run import Run
-from paperscale.jobs.status import cancel, follow, print_log, status
+from paperscale.jobs.status import cancel, status
 from paperscale.jobs.submit import Shape
 from paperscale.tracking.wandb_files import read_runs
 

@@ -21,8 +21,8 @@ from paperscale.cli.jobs import _SORTS
 from paperscale.cli.options import complete_groups, complete_states
 from paperscale.errors import UserError
 from paperscale.jobs.listing import SORTS, Wanted, listing
+from paperscale.jobs.logs import follow
 from paperscale.jobs.run import Run
-from paperscale.jobs.status import follow
 from paperscale.jobs.words import curve, duration
 from paperscale.tracking.metrics import read_metrics
 

@@ -51,6 +51,7 @@ def add_commands(add: Add) -> None:
     watch = add("watch", run_watch, "show runs as they train: one in detail, or several in a table; q ends it")
     _several_runs(watch, "runs (default: all that are alive)")
     watch.add_argument("--once", action="store_true", help="print what there is now and end")
+    watch.add_argument("--json", action="store_true", help="print what there is now as JSON, as of `status`, and end")
     _add_logs(add("logs", run_logs, "print a run's log"))
     checkpoint = add("checkpoint", run_checkpoint, "let a running job write a checkpoint now")
     run_argument(checkpoint)
@@ -199,15 +200,21 @@ def run_status(args: argparse.Namespace) -> int:
 
 def run_watch(args: argparse.Namespace) -> int:
     """Watch runs."""
+    from paperscale.jobs.report import report
+    from paperscale.jobs.status import live_runs
     from paperscale.jobs.watch import watch
 
-    watch(_find_all(args.run_names), args.once)
+    chosen = _find_all(args.run_names)
+    if args.json:
+        _print_json([report(run) for run in chosen or live_runs()])
+    else:
+        watch(chosen, args.once)
     return FINISHED
 
 
 def run_logs(args: argparse.Namespace) -> int:
     """Print a log."""
-    from paperscale.jobs.status import follow_job, print_log
+    from paperscale.jobs.logs import follow_job, print_log
 
     run = find(args)
     if args.job:

@@ -64,9 +64,7 @@ class Agent:
         self._file = tempfile.TemporaryFile(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)  # noqa: S108, SIM115
         self._file.truncate(self.count * pulse.SLOT_BYTES)
         self.slots = pulse.Slots(self._file.fileno(), self.count)
-        self.listener = socket.create_server(
-            ("", 0), backlog=128
-        )  # lets other agents see that this node can be reached
+        self.listener = socket.create_server(("", 0), backlog=128)  # other agents try whether this node can be reached
         self.watchdog = Watchdog(self.attempt, self.node, self.info.nodes)
         self.failed_at: float | None = None
         self.outcome: int | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ def drill(run: Run, fault: str, rank: int | None = None, node: str | None = None
     now = status(run)
     if now.state != "running" or run.info.engine == "here":
         raise UserError(f"run '{run.name}' is {now.state} on '{run.info.cluster}'; a drill needs a job that is running")
+    if fault == "fill-disk" and not sys.platform.startswith("linux"):
+        raise UserError("fill-disk: only Linux can refuse a process its writes; drill another fault here")
     if fault == "preempt":
         return preempt(run)
     if fault == "bad-node":

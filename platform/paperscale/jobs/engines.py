@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -97,6 +98,9 @@ class Local:
     def interrupt(self, run: Run, number: signal.Signals) -> None:
         """Signal the node's agent, which passes it on to every rank."""
         attempts = run.attempts()
+        host = attempts[-1].facts.get("host") if attempts else None
+        if host not in (None, socket.gethostname()):
+            raise UserError(f"run '{run.name}' trains on {host}; do this there")
         try:
             if run.info.engine == "here":
                 os.kill(int((run.job or "").partition("@")[0]), number)

@@ -46,7 +46,7 @@ def resume(run: Run, asked: Shape) -> int | None:
         raise UserError(f"run '{run.name}' trains here in one process; submit it to a cluster for more")
     if info.engine != "here":
         _write_script(run, info, asked)
-    for mark in ("cancelled", "stalled", "stop"):
+    for mark in ("cancelled", "stalled", "stop", "save"):
         (run.path / mark).unlink(missing_ok=True)
     if info.engine == "here":
         from paperscale.jobs.foreground import train_here

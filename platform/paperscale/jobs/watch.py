@@ -20,10 +20,11 @@ from rich.table import Table
 from rich.text import Text
 
 from paperscale.jobs import queue
+from paperscale.jobs.logs import follow
 from paperscale.jobs.queue import JobState
 from paperscale.jobs.report import lines, report
 from paperscale.jobs.run import Run, dated_runs
-from paperscale.jobs.status import LIVE, Facts, RunStatus, follow, read_all, statuses
+from paperscale.jobs.status import LIVE, Facts, RunStatus, read_all, statuses
 from paperscale.jobs.words import COLOURS, ago, curve, duration
 from paperscale.tracking.metrics import read_metrics
 

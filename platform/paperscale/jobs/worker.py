@@ -156,12 +156,13 @@ class Worker:
 
         Raises:
             LostRank: ranks have not appeared.
-            BadNode: this node cannot reach the shards, others can.
+            BadNode: this node cannot reach the shards, others can; or its GPUs cannot be used.
             UserError: no node can.
         """
         from paperscale.training import rendezvous
 
         on_gpu = cli.on_gpu()
+        self.check_gpu(cli)
         start = time.monotonic()
         if self.world_size > 1:
             self.store = rendezvous.join(self.rank, self.world_size, on_gpu)
@@ -173,6 +174,16 @@ class Worker:
         if self.rank == 0:
             with contextlib.suppress(OSError):
                 write_atomically(self.attempt.path / "preflight.json", json.dumps(found.facts(), indent=1).encode())
+
+    def check_gpu(self, cli: RecipeCLI) -> None:
+        """Refuse to train on the CPU of a node whose GPUs were asked for."""
+        import torch
+
+        gpus, seen = self.info.gpus_per_node, torch.cuda.device_count()
+        if gpus and cli.accelerator != "cpu" and seen <= int(os.environ.get("LOCAL_RANK", 0)):
+            reason = f"torch sees {seen} of {gpus} GPUs"
+            self.attempt.suspect(socket.gethostname(), reason)
+            raise BadNode(f"{reason}; `paperscale doctor` on the node compares the driver with torch's CUDA")
 
     def check_shards(self, cli: RecipeCLI) -> None:
         """Tell a set that this node alone cannot reach from one that is gone."""

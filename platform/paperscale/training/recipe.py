@@ -118,12 +118,16 @@ class RecipeCLI(LightningCLI):
             config["callbacks"] = [*first, *recipes, *settings["callbacks"]]
         return Trainer(**config)
 
+    @property
+    def accelerator(self) -> str:
+        """Return the recipe's ``trainer.accelerator``."""
+        return str(self._get(self.config_init, "trainer.accelerator"))
+
     def on_gpu(self) -> bool:
         """Return whether the recipe trains on this machine's GPUs."""
         import torch
 
-        accelerator = self._get(self.config_init, "trainer.accelerator")
-        return accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+        return self.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
     def resolved(self) -> str:
         """Return the whole configuration as YAML."""
