@@ -256,3 +256,34 @@ def test_what_gloo_says_of_a_lost_rank_is_told_from_a_failure():
 
     assert is_lost_rank(RuntimeError("[/pytorch/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]"))
     assert not is_lost_rank(RuntimeError("mat1 and mat2 shapes cannot be multiplied (32x64 and 63x8)"))
+
+
+def test_a_slow_name_service_is_reported(tmp_path, monkeypatch):
+    """Stood in for: the answer that a name server takes its time for."""
+    from paperscale.jobs import preflight
+
+    def slowly(address: str) -> None:
+        time.sleep(1.1)
+        raise OSError
+
+    monkeypatch.setattr(preflight.socket, "gethostbyaddr", slowly)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    report = preflight.check_node(Run(tmp_path), tmp_path, 0)
+    assert any("the name service took" in warning and "/etc/hosts" in warning for warning in report.warnings)
+
+
+def fill(path: Path) -> None:
+    """Write until there is no room left."""
+    with path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 16))
+
+
+def test_a_temporary_folder_that_is_full_makes_a_bad_node(small_disk, tmp_path, monkeypatch):
+    from paperscale.jobs import preflight
+
+    with pytest.raises(OSError, match="No space left"):
+        fill(small_disk / "rest")
+    monkeypatch.setattr(preflight.tempfile, "gettempdir", lambda: str(small_disk))
+    with pytest.raises(preflight.BadNode, match="cannot be written to: No space left"):
+        preflight.check_node(Run(tmp_path), tmp_path, 0)
