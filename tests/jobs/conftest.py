@@ -38,7 +38,7 @@ def submit_tiny(runs: Path, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) 
     yield submit_it
     for run in submitted:
         if status(run).state in LIVE:
-            (run.path / "cancelled").touch()
+            (run.path / "cancelled").write_text("the end of the test")
             ENGINES[run.info.engine].cancel(run)
 
 

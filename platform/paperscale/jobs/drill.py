@@ -39,7 +39,8 @@ def drill(run: Run, fault: str, rank: int | None = None, node: str | None = None
         UserError: the run is not running, or has no such rank or node.
     """
     now = status(run)
-    if now.state != "running" or run.info.engine == "here":
+    agents_alone = now.state == "unknown" and fault not in ("preempt", "bad-node")  # need no scheduler
+    if (now.state != "running" and not agents_alone) or run.info.engine == "here":
         raise UserError(f"run '{run.name}' is {now.state} on '{run.info.cluster}'; a drill needs a job that is running")
     if fault == "fill-disk" and not sys.platform.startswith("linux"):
         raise UserError("fill-disk: only Linux can refuse a process its writes; drill another fault here")

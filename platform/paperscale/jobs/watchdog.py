@@ -121,7 +121,7 @@ class Watchdog:
         ranks = [{**rank, "host": report["host"]} for report in reports for rank in report["ranks"]]
         text = self._waited_for(ranks)
         if lost:
-            text = f"node {', '.join(report['host'] for report in lost)} does not answer; {text}"
+            text = f"{socket.gethostname()} does not reach {', '.join(report['host'] for report in lost)}; {text}"
         after = f" for more than {limit:.0f} s" if limit else ""
         with contextlib.suppress(OSError):
             (self.attempt.path / "hang.json").write_text(json.dumps({"text": text, "ranks": ranks}, indent=1))

@@ -65,34 +65,45 @@ newest_checkpoint() { ls "$run/checkpoints" | tail -n 1; }  # names sort by step
 job=$SLURM_JOB_ID
 if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi  # the number alone may mean all
 
-# Why the attempt has ended. The scheduler ends a job's steps before the job, so it can still be asked.
-cause() {
+# What the scheduler means to do with the job. It ends a job's steps before the job, so it can still be asked.
+scheduler() {
     local facts
-    case $code in
-    0) echo finished; return ;;
-    1 | 2) echo failed; return ;;
-    78) echo bad-node; return ;;
-    esac
     facts=" $(scontrol show job "$job" --oneliner 2>/dev/null) "
-    case $facts in
-    *" JobState="*) ;;
-    *) echo unknown; return ;;  # the controller does not answer
-    esac
-    if [[ $facts =~ \ Restarts=([0-9]+)\  ]] && ((BASH_REMATCH[1] > ${SLURM_RESTART_COUNT:-0})); then
+    if [[ $facts != *" JobState="* ]]; then
+        echo unknown  # the controller does not answer
+    elif [[ $facts =~ \ Restarts=([0-9]+)\  ]] && ((BASH_REMATCH[1] > ${SLURM_RESTART_COUNT:-0})); then
         echo requeue
-    elif [[ $facts == *" Reason=TimeLimit "* ]] || grep -qs '"reason": "SIGUSR1' "$logs/attempt.json"; then
+    elif [[ $facts == *" Reason=TimeLimit "* ]]; then
         echo time-limit
     elif [[ $facts =~ \ PreemptTime=[0-9] ]]; then
         echo preemption
     elif [[ $facts != *" JobState=RUNNING "* ]]; then
         echo cancel
     else
-        case $code in
-        75) if [[ -e $run/stop ]]; then echo stop; else echo signal; fi ;;
-        76) echo lost ;;
-        77) echo hang ;;
-        *) echo killed ;;
-        esac
+        echo running
+    fi
+}
+
+# Why the attempt has ended, in a word: what the ranks say of themselves, and the scheduler of the rest.
+cause() {
+    case $code in
+    0) echo finished; return ;;
+    1 | 2) echo failed; return ;;
+    77) echo hang; return ;;
+    78) echo bad-node; return ;;
+    esac
+    if [[ $scheduler != running ]]; then
+        echo "$scheduler"
+    elif ((code == 76)); then
+        echo lost
+    elif ((code != 75)); then
+        echo killed
+    elif [[ -e $run/stop ]]; then
+        echo stop
+    elif grep -qs '"reason": "SIGUSR1' "$logs/attempt.json"; then
+        echo time-limit
+    else
+        echo signal
     fi
 }
 
@@ -152,6 +163,7 @@ elif ((code != 0 && code != 75 && code < 128)) || [[ $code == 0 && ! -e $run/res
 fi
 echo "$code" >"$logs/exit_code"
 if ((code == 79)); then stop "$(cat "$logs/error")"; fi  # another start of this script owns the run
+scheduler=$(scheduler)
 cause=$(cause)
 echo "$cause" >"$logs/cause"
 
@@ -172,15 +184,15 @@ say "attempt $attempt ended: $cause (exit code $code)$( ((code == 75)) || echo "
 stalled=$(cat "$run/stalled" 2>/dev/null || echo 0)
 if [[ $(newest_checkpoint) != "$before" ]]; then
     stalled=0
-elif [[ $cause != preemption && $cause != requeue && $cause != bad-node ]]; then  # not for want of the run's own
+elif [[ $scheduler != preemption && $scheduler != requeue ]]; then  # the scheduler's doing, not the run's
     stalled=$((stalled + 1))
 fi
 echo "$stalled" >"$run/stalled"
 
-if [[ $cause == cancel && ! -e $run/cancelled ]]; then echo scancel >"$run/cancelled"; fi
+if [[ $scheduler == cancel && ! -e $run/cancelled ]]; then echo scancel >"$run/cancelled"; fi
 if [[ -e $run/cancelled ]]; then stop "cancelled by $(cat "$run/cancelled")"; fi
 if [[ -e $run/stop ]]; then stop "there is a file $run/stop"; fi
-if [[ $cause == requeue ]]; then stop "the scheduler runs this job again by itself"; fi
+if [[ $scheduler == requeue ]]; then stop "the scheduler runs this job again by itself"; fi
 if ((attempt > max_requeues)); then stop "$attempt attempts are the most allowed"; fi
 if ((stalled >= max_stalled)); then stop "$stalled attempts in a row without a new checkpoint"; fi
 say "run again"

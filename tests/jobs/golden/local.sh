@@ -40,6 +40,7 @@ stop() { say "stopped: $*"; exit "$code"; }
 newest_checkpoint() { ls "$run/checkpoints" | tail -n 1; }  # names sort by step; an unfinished one is hidden
 
 # This machine: the script runs itself again.
+scheduler() { echo running; }
 cause() {
     case $code in
     0) echo finished ;;
@@ -82,6 +83,7 @@ elif ((code != 0 && code != 75 && code < 128)) || [[ $code == 0 && ! -e $run/res
 fi
 echo "$code" >"$logs/exit_code"
 if ((code == 79)); then stop "$(cat "$logs/error")"; fi  # another start of this script owns the run
+scheduler=$(scheduler)
 cause=$(cause)
 echo "$cause" >"$logs/cause"
 
@@ -102,15 +104,15 @@ say "attempt $attempt ended: $cause (exit code $code)$( ((code == 75)) || echo "
 stalled=$(cat "$run/stalled" 2>/dev/null || echo 0)
 if [[ $(newest_checkpoint) != "$before" ]]; then
     stalled=0
-elif [[ $cause != preemption && $cause != requeue && $cause != bad-node ]]; then  # not for want of the run's own
+elif [[ $scheduler != preemption && $scheduler != requeue ]]; then  # the scheduler's doing, not the run's
     stalled=$((stalled + 1))
 fi
 echo "$stalled" >"$run/stalled"
 
-if [[ $cause == cancel && ! -e $run/cancelled ]]; then echo scancel >"$run/cancelled"; fi
+if [[ $scheduler == cancel && ! -e $run/cancelled ]]; then echo scancel >"$run/cancelled"; fi
 if [[ -e $run/cancelled ]]; then stop "cancelled by $(cat "$run/cancelled")"; fi
 if [[ -e $run/stop ]]; then stop "there is a file $run/stop"; fi
-if [[ $cause == requeue ]]; then stop "the scheduler runs this job again by itself"; fi
+if [[ $scheduler == requeue ]]; then stop "the scheduler runs this job again by itself"; fi
 if ((attempt > max_requeues)); then stop "$attempt attempts are the most allowed"; fi
 if ((stalled >= max_stalled)); then stop "$stalled attempts in a row without a new checkpoint"; fi
 say "run again"
