@@ -17,8 +17,9 @@ import pytest
 from torch.utils.file_baton import FileBaton
 
 from paperscale.cli import main
-from paperscale.doctor import Asked, Check, checks, exit_code, findings, machine, scheduler, software, storage, tracking
+from paperscale.doctor import Asked, checks, findings, machine, scheduler, software, storage, tracking
 from paperscale.doctor import names as host_names
+from paperscale.findings import Finding, exit_code
 
 HEALTHY = {
     "torch": "2.13.0+cu130",
@@ -73,8 +74,8 @@ def test_a_laptop_without_slurm_gpu_and_key_is_well(laptop, capsys):
 
 
 def test_the_exit_code_is_that_of_the_worst_finding(laptop, capsys):
-    assert [exit_code([Check(level, "x", "y")]) for level in ("OK", "WARN", "FAIL")] == [0, 1, 2]
-    assert exit_code([Check("FAIL", "x", "y"), Check("WARN", "x", "y")]) == 2
+    assert [exit_code([Finding(level, "x", "y")]) for level in ("OK", "WARN", "FAIL")] == [0, 1, 2]
+    assert exit_code([Finding("FAIL", "x", "y"), Finding("WARN", "x", "y")]) == 2
     assert main(["doctor", "--quick", "--cluster", "slurm"]) == 2
     out = capsys.readouterr().out
     assert "FAIL  SLURM              no sbatch on PATH: --cluster local works\n      -> run this on a login node" in out
@@ -92,12 +93,12 @@ def test_a_quick_look_imports_nothing_heavy(laptop):
 
 def test_a_check_that_crashes_or_hangs_is_a_finding(monkeypatch):
     def crash(asked):
-        yield Check("OK", "first", "it began well")
+        yield Finding("OK", "first", "it began well")
         raise RuntimeError("boom")
 
     def hang(asked):
         time.sleep(60)
-        yield Check("OK", "never", "")
+        yield Finding("OK", "never", "")
 
     work = [findings.Work("crash", crash), findings.Work("hang", hang, 0.2), findings.Work("last", software.python)]
     monkeypatch.setattr(findings, "all_work", lambda asked: work)

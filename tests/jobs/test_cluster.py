@@ -11,8 +11,9 @@ import pytest
 
 from paperscale.cli import main
 from paperscale.errors import UserError
+from paperscale.findings import Finding
 from paperscale.jobs import profile as profiles
-from paperscale.jobs.cluster import Finding, check, problems
+from paperscale.jobs.cluster import check, problems
 from paperscale.jobs.facts import Association, Cluster
 
 PARTITIONS = """

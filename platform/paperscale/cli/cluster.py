@@ -53,18 +53,11 @@ def run_init(args: argparse.Namespace) -> int:
 
 def run_check(args: argparse.Namespace) -> int:
     """Check a profile: exit 0 all well, 1 with warnings, 2 with failures."""
+    from paperscale.findings import print_findings
     from paperscale.jobs import profile as profiles
     from paperscale.jobs.cluster import check
 
-    found = list(check(profiles.load(args.profile)))
-    if args.json:
-        print(json.dumps([vars(finding) for finding in found], indent=1))
-    else:
-        for finding in found:
-            fix = f"\n      -> {finding.fix}" if finding.fix else ""
-            print(f"{finding.level:5} {finding.name:10} {finding.found}{fix}")
-    levels = {finding.level for finding in found}
-    return 2 if "FAIL" in levels else 1 if "WARN" in levels else 0
+    return print_findings(check(profiles.load(args.profile)), args.json)
 
 
 def run_list(args: argparse.Namespace) -> int:

@@ -115,17 +115,10 @@ def run_bench_interruption(args: argparse.Namespace) -> int:
 
 def run_doctor(args: argparse.Namespace) -> int:
     """Check the machine: exit 0 all well, 1 with warnings, 2 with failures."""
-    from paperscale.doctor import Asked, checks, exit_code
+    from paperscale.doctor import Asked, checks
+    from paperscale.findings import print_findings
 
-    found = []
-    for check in checks(Asked(args.cluster, args.data, args.quick)):
-        found.append(check)
-        if not args.json:
-            line = f"{check.level:5} {check.name:18} {check.found}"
-            print(line + (f"\n      -> {check.fix}" if check.fix else ""), flush=True)
-    if args.json:
-        print(json.dumps([vars(check) for check in found], indent=1))
-    return exit_code(found)
+    return print_findings(checks(Asked(args.cluster, args.data, args.quick)), args.json)
 
 
 def run_demo(args: argparse.Namespace) -> int:

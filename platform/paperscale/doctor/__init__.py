@@ -4,6 +4,6 @@ Every check is a function that returns findings. They run beside each other, eac
 that hangs, or a name server that does not answer, is a finding like any other.
 """
 
-from paperscale.doctor.findings import Asked, Check, checks, exit_code
+from paperscale.doctor.findings import Asked, checks
 
-__all__ = ["Asked", "Check", "checks", "exit_code"]
+__all__ = ["Asked", "checks"]

@@ -4,37 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from paperscale.doctor.findings import Asked, Check
+from paperscale.doctor.findings import Asked
 from paperscale.errors import UserError
+from paperscale.findings import Finding
 
 
-def images(asked: Asked) -> Iterator[Check]:
+def images(asked: Asked) -> Iterator[Finding]:
     """Are JPEGs decoded by the C library?"""
     from paperscale.data.jpeg import backend
 
     found = backend()
     if found == "native":
-        yield Check("OK", "images", "JPEGs are decoded by the C library, only what a crop needs")
+        yield Finding("OK", "images", "JPEGs are decoded by the C library, only what a crop needs")
     else:
         fix = "install a C compiler (gcc or clang)"
-        yield Check("WARN", "images", f"decoded by {found}, at half the speed", fix)
+        yield Finding("WARN", "images", f"decoded by {found}, at half the speed", fix)
 
 
-def shards(asked: Asked) -> Iterator[Check]:
+def shards(asked: Asked) -> Iterator[Finding]:
     """Is every byte of the set what was written?  A quick look compares the sizes only."""
     where = asked.data or ""
     try:
         problems = _sizes(where) if asked.quick else _content(where)
     except UserError as error:
-        yield Check("FAIL", "shards", str(error), f"prepare the set, or check the path {where}")
+        yield Finding("FAIL", "shards", str(error), f"prepare the set, or check the path {where}")
         return
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        yield Check(
+        yield Finding(
             "FAIL", "shards", problems[0] + more, f"`paperscale data verify {where}` names all; prepare it again"
         )
     else:
-        yield Check("OK", "shards", f"{where}: complete" + ("" if asked.quick else " and verified"))
+        yield Finding("OK", "shards", f"{where}: complete" + ("" if asked.quick else " and verified"))
 
 
 def _content(where: str) -> list[str]:

@@ -9,25 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from paperscale.findings import Finding
+
 if TYPE_CHECKING:
     from paperscale.jobs.profile import Profile
-
-
-@dataclass(frozen=True)
-class Check:
-    """One finding.
-
-    Attributes:
-        level: ``OK``, ``WARN`` or ``FAIL``.
-        name: what was looked at; no two findings share one.
-        found: what was found.
-        fix: what to do, unless ``OK``.
-    """
-
-    level: str
-    name: str
-    found: str
-    fix: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,7 +51,7 @@ class Asked:
             return True
 
 
-Function = Callable[[Asked], Iterable[Check]]
+Function = Callable[[Asked], Iterable[Finding]]
 
 
 @dataclass(frozen=True)
@@ -83,7 +68,7 @@ class Work:
     name: str
     function: Function
     limit_s: float | None = 30.0
-    hung: Check | None = None
+    hung: Finding | None = None
 
 
 class _Running:
@@ -91,7 +76,7 @@ class _Running:
 
     def __init__(self, work: Work, asked: Asked):
         self.work, self.asked = work, asked
-        self._found: list[Check] = []
+        self._found: list[Finding] = []
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._began = time.monotonic()
         self._thread.start()
@@ -103,9 +88,9 @@ class _Running:
         except Exception as error:  # the check itself is at fault; the others go on
             what = f"this check failed: {type(error).__name__}: {' '.join(str(error).split())}"
             fix = "report it at the project's issue tracker, with this line"
-            self._found.append(Check("FAIL", self.work.name, what, fix))
+            self._found.append(Finding("FAIL", self.work.name, what, fix))
 
-    def results(self) -> list[Check]:
+    def results(self) -> list[Finding]:
         """Return the findings, as many as there are when the time is over."""
         if self.work.limit_s is None:
             self._thread.join()
@@ -114,11 +99,11 @@ class _Running:
         if not self._thread.is_alive():
             return self._found
         what = f"no answer within {self.work.limit_s:g} s"
-        failure = Check("FAIL", self.work.name, what, "find out what hangs there: a training would too")
+        failure = Finding("FAIL", self.work.name, what, "find out what hangs there: a training would too")
         return [*self._found, self.work.hung or failure]
 
 
-def checks(asked: Asked) -> Iterator[Check]:
+def checks(asked: Asked) -> Iterator[Finding]:
     """Yield the findings, always in the same order."""
     for running in [_Running(work, asked) for work in all_work(asked)]:
         yield from running.results()
@@ -149,9 +134,3 @@ def all_work(asked: Asked) -> list[Work]:
         *([Work("profile", scheduler.profile, 180)] if asked.cluster else []),
         *([Work("shards", data.shards, None)] if asked.data else []),
     ]
-
-
-def exit_code(found: Iterable[Check]) -> int:
-    """Return 0 if all is well, 1 with warnings, 2 with failures."""
-    levels = {check.level for check in found}
-    return 2 if "FAIL" in levels else 1 if "WARN" in levels else 0

@@ -8,14 +8,15 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from paperscale.doctor.findings import Asked, Check
+from paperscale.doctor.findings import Asked
+from paperscale.findings import Finding
 
 _CGROUPS, _MINE = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _FEW_FILES, _TOO_FEW_FILES = 1024, 256
 _SMALL_SHM = 1 << 30
 
 
-def cpus(asked: Asked) -> Iterator[Check]:
+def cpus(asked: Asked) -> Iterator[Finding]:
     """May this process use the cores that it sees?"""
     present = os.cpu_count() or 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else present
@@ -23,13 +24,13 @@ def cpus(asked: Asked) -> Iterator[Check]:
     quota = cpu_quota()
     if quota is not None and quota < usable:
         fix = f"ask for more CPUs, or export OMP_NUM_THREADS={max(1, round(quota))}"
-        yield Check("WARN", "CPUs", f"{found}, but a quota allows the time of {quota:.1f}: threads are held back", fix)
+        yield Finding("WARN", "CPUs", f"{found}, but a quota allows {quota:.1f}: threads are held back", fix)
     else:
-        yield Check("OK", "CPUs", found)
+        yield Finding("OK", "CPUs", found)
     threads = os.environ.get("OMP_NUM_THREADS", "")
     if threads.isdigit() and int(threads) > usable:
         fix = "unset OMP_NUM_THREADS; jobs set it to the CPUs of a process"
-        yield Check(
+        yield Finding(
             "WARN", "threads", f"OMP_NUM_THREADS is {threads} on {usable} cores: threads wait for each other", fix
         )
 
@@ -55,7 +56,7 @@ def _read(path: Path) -> str:
     return path.read_text().strip() if path.is_file() else ""
 
 
-def memory(asked: Asked) -> Iterator[Check]:
+def memory(asked: Asked) -> Iterator[Finding]:
     """Is there room for the batches that worker processes hand over?"""
     shm = Path("/dev/shm")  # noqa: S108  where Linux has it
     if not shm.is_dir():
@@ -64,31 +65,31 @@ def memory(asked: Asked) -> Iterator[Check]:
     found = f"{_gib(total)} of shared memory, {_gib(free)} free"
     if free < _SMALL_SHM:
         fix = "give the container more (--shm-size=16g), or remove what lies in /dev/shm"
-        yield Check("WARN", "shared memory", f"{found}: worker processes pass batches through it", fix)
+        yield Finding("WARN", "shared memory", f"{found}: worker processes pass batches through it", fix)
     else:
-        yield Check("OK", "shared memory", found)
+        yield Finding("OK", "shared memory", found)
 
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB"
 
 
-def limits(asked: Asked) -> Iterator[Check]:
+def limits(asked: Asked) -> Iterator[Finding]:
     """May a process open enough files, and lock memory where the network needs it?"""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     name, found = "open files", f"{_limit(soft)} of at most {_limit(hard)}"
     if 0 <= soft < _FEW_FILES:
         fix = "ulimit -n 4096" if hard < 0 or hard >= 4096 else "ask an administrator for a higher limit (limits.conf)"
-        yield Check("FAIL" if soft < _TOO_FEW_FILES else "WARN", name, f"{found}: shards and sockets need more", fix)
+        yield Finding("FAIL" if soft < _TOO_FEW_FILES else "WARN", name, f"{found}: shards and sockets need more", fix)
     else:
-        yield Check("OK", name, found)
+        yield Finding("OK", name, found)
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     rdma = Path("/sys/class/infiniband")
     if rdma.is_dir() and any(rdma.iterdir()) and locked >= 0 and locked < 1 << 30:
         fix = "ask an administrator for `ulimit -l unlimited` (limits.conf, and slurmd's LimitMEMLOCK)"
-        yield Check("WARN", "locked memory", f"{locked >> 10} KiB: NCCL cannot use this machine's InfiniBand", fix)
+        yield Finding("WARN", "locked memory", f"{locked >> 10} KiB: NCCL cannot use this machine's InfiniBand", fix)
     else:
-        yield Check("OK", "locked memory", _limit(locked, 10, " KiB"))
+        yield Finding("OK", "locked memory", _limit(locked, 10, " KiB"))
 
 
 def _limit(value: int, shift: int = 0, unit: str = "") -> str:

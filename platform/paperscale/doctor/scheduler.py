@@ -8,8 +8,9 @@ import subprocess
 import time
 from collections.abc import Iterator
 
-from paperscale.doctor.findings import Asked, Check
+from paperscale.doctor.findings import Asked
 from paperscale.errors import UserError
+from paperscale.findings import Finding, Level
 
 _COMMANDS = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
 _LIMIT_S = 15.0
@@ -19,33 +20,33 @@ _SHORT_KILL_S = 10
 _SKEW_S = 5.0  # munge refuses credentials that are 300 s off; files and logs are confused long before
 
 
-def slurm(asked: Asked) -> Iterator[Check]:
+def slurm(asked: Asked) -> Iterator[Finding]:
     """Is there a SLURM, does it answer, and does it let jobs come back?"""
     missing = [name for name in _COMMANDS if shutil.which(name) is None]
     if len(missing) < len(_COMMANDS):
         yield from _installed(missing, asked.slurm)
     elif asked.slurm:
-        yield Check(
+        yield Finding(
             "FAIL", "SLURM", "no sbatch on PATH: --cluster local works", "run this on a login node of the cluster"
         )
     else:
-        yield Check("OK", "SLURM", "no sbatch on PATH: --cluster local works")
+        yield Finding("OK", "SLURM", "no sbatch on PATH: --cluster local works")
 
 
-def _installed(missing: list[str], wanted: bool) -> Iterator[Check]:
-    bad = "FAIL" if wanted else "WARN"
+def _installed(missing: list[str], wanted: bool) -> Iterator[Finding]:
+    bad: Level = "FAIL" if wanted else "WARN"
     if missing:
         found = f"not on PATH: {', '.join(missing)}"
-        yield Check(bad, "SLURM commands", found, "add SLURM's folder to PATH, or run this on a login node")
+        yield Finding(bad, "SLURM commands", found, "add SLURM's folder to PATH, or run this on a login node")
         return
     yield _version()
     ping = answer("scontrol", "ping")
     if ping is None or " is UP" not in ping:
         found = (ping or "").replace("\n", "; ") or f"the controller has not answered for {_LIMIT_S:.0f} s"
         fix = "ask the administrators, or wait: runs go on, `paperscale status` reads their folders"
-        yield Check(bad, "SLURM", found, fix)
+        yield Finding(bad, "SLURM", found, fix)
         return
-    yield Check("OK", "SLURM", ping.replace("\n", "; "))
+    yield Finding("OK", "SLURM", ping.replace("\n", "; "))
     config = parse_config(answer("scontrol", "show", "config") or "")
     yield from _munge(config, bad)
     yield from _clock()
@@ -62,17 +63,17 @@ def answer(*command: str) -> str | None:
     return result.stdout.strip() or result.stderr.strip()
 
 
-def _version() -> Check:
+def _version() -> Finding:
     text = answer("sinfo", "--version") or ""
     match = re.search(r"(\d+)\.(\d+)", text)
     version = (int(match[1]), int(match[2])) if match else (0, 0)
     if version < _GPUS_PER_NODE:
-        return Check("FAIL", "SLURM version", text or "unknown", "Paperscale's scripts need SLURM 19.05 or later")
+        return Finding("FAIL", "SLURM version", text or "unknown", "Paperscale's scripts need SLURM 19.05 or later")
     if version < _TRIED:
         tried = ".".join(f"{part:02d}" for part in _TRIED)
         fix = f"nothing, unless a script is refused: Paperscale is tried with {tried} and later"
-        return Check("WARN", "SLURM version", text, fix)
-    return Check("OK", "SLURM version", text)
+        return Finding("WARN", "SLURM version", text, fix)
+    return Finding("OK", "SLURM version", text)
 
 
 def parse_config(text: str) -> dict[str, str]:
@@ -86,7 +87,7 @@ def _number(config: dict[str, str], name: str, default: int) -> int:
     return int(match[0]) if match else default
 
 
-def _munge(config: dict[str, str], bad: str) -> Iterator[Check]:
+def _munge(config: dict[str, str], bad: Level) -> Iterator[Finding]:
     """Does a credential that is made here come back whole?"""
     if config.get("AuthType", "auth/munge") != "auth/munge" or shutil.which("munge") is None:
         return
@@ -95,13 +96,13 @@ def _munge(config: dict[str, str], bad: str) -> Iterator[Check]:
     command = ["bash", "-c", "set -o pipefail; munge -n $0 | unmunge $0", option]
     result = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S)
     if result.returncode == 0 and "Success" in result.stdout:
-        yield Check("OK", "munge", "credentials are made and read")
+        yield Finding("OK", "munge", "credentials are made and read")
     else:
         reason = (result.stderr.strip().splitlines() or ["no answer"])[0]
-        yield Check(bad, "munge", reason, "let an administrator start munged, with the cluster's key and clock")
+        yield Finding(bad, "munge", reason, "let an administrator start munged, with the cluster's key and clock")
 
 
-def _clock() -> Iterator[Check]:
+def _clock() -> Iterator[Finding]:
     """Do this machine and the controller agree on the time?  ``sdiag`` prints the controller's."""
     began = time.time()
     match = re.search(r"sdiag output at .*\((\d+)\)", answer("sdiag") or "")
@@ -110,13 +111,13 @@ def _clock() -> Iterator[Check]:
     skew = int(match[1]) - began
     found = f"the controller's is within {max(1, round(abs(skew)))} s of this machine's"
     if abs(skew) <= _SKEW_S:
-        yield Check("OK", "SLURM clock", found)
+        yield Finding("OK", "SLURM clock", found)
     else:
         found = f"the controller's is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} this machine's"
-        yield Check("WARN", "SLURM clock", found, "let NTP set both clocks: munge refuses what is minutes off")
+        yield Finding("WARN", "SLURM clock", found, "let NTP set both clocks: munge refuses what is minutes off")
 
 
-def judge_config(config: dict[str, str]) -> Iterator[Check]:
+def judge_config(config: dict[str, str]) -> Iterator[Finding]:
     """Yield the findings on the cluster's settings.
 
     Args:
@@ -128,36 +129,40 @@ def judge_config(config: dict[str, str]) -> Iterator[Check]:
     kill = _number(config, "KillWait", 30)
     found = f"processes have {kill} s after SIGTERM (KillWait)"
     fix = "raise the profile's signal_before_end_s; ask for KillWait=30 in slurm.conf"
-    yield Check("WARN", "SLURM KillWait", found, fix) if kill < _SHORT_KILL_S else Check("OK", "SLURM KillWait", found)
+    yield (
+        Finding("WARN", "SLURM KillWait", found, fix)
+        if kill < _SHORT_KILL_S
+        else Finding("OK", "SLURM KillWait", found)
+    )
     yield _arrays(config)
     off = "none" in config.get("AccountingStorageType", "none") or "null" in config["AccountingStorageType"]
     what = "off: sacct knows no past jobs, the runs' folders do" if off else config["AccountingStorageType"]
-    yield Check("OK", "SLURM accounting", what)
+    yield Finding("OK", "SLURM accounting", what)
     if config.get("ProctrackType", "").endswith("pgid"):
         fix = "ask for ProctrackType=proctrack/cgroup in slurm.conf"
         found = "proctrack/pgid: what a killed process has started lives on, and holds its GPU"
-        yield Check("WARN", "SLURM proctrack", found, fix)
+        yield Finding("WARN", "SLURM proctrack", found, fix)
 
 
-def _requeue(config: dict[str, str]) -> Check:
+def _requeue(config: dict[str, str]) -> Finding:
     """After a requeue a job waits until its credential has expired; a node's death is noticed after SlurmdTimeout."""
     match = re.search(r"cred_expire=(\d+)", config.get("AuthInfo", ""))
     waits, noticed = int(match[1]) if match else 120, _number(config, "SlurmdTimeout", 300)
     found = f"a requeued job waits {waits + 1} s, a dead node is noticed after {noticed} s"
     if not _number(config, "JobRequeue", 1):
         found += "; only jobs that ask for it are requeued (JobRequeue=0), which ours do"
-    return Check("OK", "SLURM requeue", found)
+    return Finding("OK", "SLURM requeue", found)
 
 
-def _arrays(config: dict[str, str]) -> Check:
+def _arrays(config: dict[str, str]) -> Finding:
     size = _number(config, "MaxArraySize", 1001)
     if size < 2:
         fix = "ask for MaxArraySize=1001 in slurm.conf; until then submit the runs of a sweep one by one"
-        return Check("WARN", "SLURM arrays", f"off (MaxArraySize={size}): a sweep cannot be queued", fix)
-    return Check("OK", "SLURM arrays", f"a sweep has at most {size - 1} runs (MaxArraySize)")
+        return Finding("WARN", "SLURM arrays", f"off (MaxArraySize={size}): a sweep cannot be queued", fix)
+    return Finding("OK", "SLURM arrays", f"a sweep has at most {size - 1} runs (MaxArraySize)")
 
 
-def judge_partitions(text: str, config: dict[str, str]) -> Iterator[Check]:
+def judge_partitions(text: str, config: dict[str, str]) -> Iterator[Finding]:
     """Yield the partitions, and what they do to the jobs that they preempt.
 
     Args:
@@ -166,27 +171,27 @@ def judge_partitions(text: str, config: dict[str, str]) -> Iterator[Check]:
     """
     partitions = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in text.splitlines() if "PartitionName=" in line]
     if not partitions:
-        yield Check("WARN", "SLURM partitions", "none that you may use", "ask the administrators for one")
+        yield Finding("WARN", "SLURM partitions", "none that you may use", "ask the administrators for one")
         return
     shown = [f"{p['PartitionName']} ({p.get('TotalNodes', '?')} nodes, {p.get('MaxTime', '?')})" for p in partitions]
-    yield Check("OK", "SLURM partitions", ", ".join(shown))
+    yield Finding("OK", "SLURM partitions", ", ".join(shown))
     if config.get("PreemptType", "preempt/none").endswith("none"):
-        yield Check("OK", "SLURM preemption", "off")
+        yield Finding("OK", "SLURM preemption", "off")
         return
     lost = [p["PartitionName"] for p in partitions if _mode(p) in ("CANCEL", "SUSPEND", "GANG")]
     modes = ", ".join(f"{p['PartitionName']}: {_mode(p)}, {p.get('GraceTime', '0')} s of grace" for p in partitions)
     if lost:
         fix = f"use another partition than {', '.join(lost)}, or ask for PreemptMode=REQUEUE there"
-        yield Check("WARN", "SLURM preemption", f"{modes}: a preempted job is cancelled or stopped", fix)
+        yield Finding("WARN", "SLURM preemption", f"{modes}: a preempted job is cancelled or stopped", fix)
     else:
-        yield Check("OK", "SLURM preemption", modes)
+        yield Finding("OK", "SLURM preemption", modes)
 
 
 def _mode(partition: dict[str, str]) -> str:
     return partition.get("PreemptMode", "OFF").split(",")[-1]
 
 
-def profile(asked: Asked) -> Iterator[Check]:
+def profile(asked: Asked) -> Iterator[Finding]:
     """Does the cluster have what the profile asks for?  The same as ``paperscale cluster check``."""
     from paperscale.jobs import cluster
 
@@ -194,10 +199,10 @@ def profile(asked: Asked) -> Iterator[Check]:
         wanted = asked.profile
     except UserError as error:
         found, _, fix = str(error).partition("; ")
-        yield Check("FAIL", "profile", found, fix or "mend the profile")
+        yield Finding("FAIL", "profile", found, fix or "mend the profile")
         return
     if wanted is None or (wanted.engine == "slurm" and shutil.which("sbatch") is None):
         return
     for finding in cluster.problems(wanted) if asked.quick else cluster.check(wanted):
         name = "profile" if finding.name == "profile" else f"profile: {finding.name}"
-        yield Check(finding.level, name, finding.found, finding.fix)
+        yield Finding(finding.level, name, finding.found, finding.fix)

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from paperscale.doctor.findings import Asked, Check
+from paperscale.doctor.findings import Asked
+from paperscale.findings import Finding
 
 COMPROMISED_LIGHTNING = ("2.6.2", "2.6.3")
 _NAMED = ("torch", "lightning", "torchmetrics", "webdataset", "wandb")  # a line each; the others share one
@@ -30,14 +31,14 @@ print(json.dumps({name: bool(op.is_compatible(verbose=False)) for name, op in AL
 """
 
 
-def python(asked: Asked) -> Iterator[Check]:
+def python(asked: Asked) -> Iterator[Finding]:
     """Is this Python supported?"""
     version = platform.python_version()
     supported = (3, 10) <= sys.version_info[:2] <= (3, 13)
-    yield Check("OK" if supported else "FAIL", "Python", version, "" if supported else "use Python 3.10 to 3.13")
+    yield Finding("OK" if supported else "FAIL", "Python", version, "" if supported else "use Python 3.10 to 3.13")
 
 
-def packages(asked: Asked) -> Iterator[Check]:
+def packages(asked: Asked) -> Iterator[Finding]:
     """Are the packages there, in versions that Paperscale works with?"""
     from packaging.requirements import Requirement
 
@@ -50,13 +51,13 @@ def packages(asked: Asked) -> Iterator[Check]:
             yield check
         else:
             others.append(f"{requirement.name} {check.found}")
-    yield Check("OK", "packages", f"{len(others)} more, as they are needed")
+    yield Finding("OK", "packages", f"{len(others)} more, as they are needed")
     if (other := _version("pytorch-lightning")) in COMPROMISED_LIGHTNING:
         fix = "pip uninstall pytorch-lightning, and change the keys that this machine holds"
-        yield Check("FAIL", "pytorch-lightning", f"{other} is a compromised release", fix)
+        yield Finding("FAIL", "pytorch-lightning", f"{other} is a compromised release", fix)
 
 
-def package(name: str, specifier: str) -> Check:
+def package(name: str, specifier: str) -> Finding:
     """Return what is to be said of a package.
 
     Args:
@@ -68,13 +69,13 @@ def package(name: str, specifier: str) -> Check:
     version = _version(name)
     install = f"pip install '{name}{specifier}'"
     if version is None:
-        return Check("FAIL", name, "not installed", install)
+        return Finding("FAIL", name, "not installed", install)
     if name == "lightning" and version in COMPROMISED_LIGHTNING:
         fix = f"{install}, and change the keys that this machine holds"
-        return Check("FAIL", name, f"{version} is a compromised release", fix)
+        return Finding("FAIL", name, f"{version} is a compromised release", fix)
     if not SpecifierSet(specifier).contains(version, prereleases=True):
-        return Check("FAIL", name, f"{version}, Paperscale works with {specifier}", install)
-    return Check("OK", name, version)
+        return Finding("FAIL", name, f"{version}, Paperscale works with {specifier}", install)
+    return Finding("OK", name, version)
 
 
 def _version(name: str) -> str | None:
@@ -84,57 +85,57 @@ def _version(name: str) -> str | None:
         return None
 
 
-def torch(asked: Asked) -> Iterator[Check]:
+def torch(asked: Asked) -> Iterator[Finding]:
     """Can torch use what this machine has?  Asked in a process of its own, which a broken driver cannot take along."""
     version = _version("torch")
     if asked.quick or version is None:
-        yield from [Check("OK", "torch", version)] if version else []
+        yield from [Finding("OK", "torch", version)] if version else []
         return
     result = subprocess.run([sys.executable, _TORCH], capture_output=True, text=True, timeout=55)
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
-        yield Check("FAIL", "torch", f"{version} cannot be imported: {reason}", "install torch anew")
+        yield Finding("FAIL", "torch", f"{version} cannot be imported: {reason}", "install torch anew")
         return
     yield from judge_torch(json.loads(result.stdout.splitlines()[-1]))
 
 
-def judge_torch(facts: dict[str, Any]) -> Iterator[Check]:
+def judge_torch(facts: dict[str, Any]) -> Iterator[Finding]:
     """Yield the findings on what ``torch_facts.py`` has printed."""
     libraries = [f"{name} {facts[key]}" for name, key in _LIBRARIES.items() if facts[key]]
-    yield Check("OK", "torch", ", ".join([facts["torch"], *libraries]))
+    yield Finding("OK", "torch", ", ".join([facts["torch"], *libraries]))
     seen, driver, cuda = facts["devices"], facts["driver_gpus"], facts["cuda"]
     if not driver and not seen:
-        yield Check("OK", "GPUs", "none: trains on the CPU")
+        yield Finding("OK", "GPUs", "none: trains on the CPU")
     elif not cuda and not facts["hip"]:
         found = f"{len(driver)} of {driver[0]}, but this torch is built for the CPU"
-        yield Check("FAIL", "GPUs", found, "install torch for CUDA: https://pytorch.org/get-started/locally")
+        yield Finding("FAIL", "GPUs", found, "install torch for CUDA: https://pytorch.org/get-started/locally")
     elif len(seen) < len(driver) and not facts["visible"]:
         found = f"torch sees {len(seen)} of {len(driver)}: {facts['error'] or 'no reason given'}"
-        yield Check("FAIL", "GPUs", found, _driver_fix(cuda, facts["driver_cuda"]))
+        yield Finding("FAIL", "GPUs", found, _driver_fix(cuda, facts["driver_cuda"]))
     else:
         yield from _kernels(seen, facts["architectures"])
     if driver and cuda and facts["driver_cuda"]:
         yield _driver(cuda, facts["driver_cuda"])
     if (cuda or facts["hip"]) and not facts["nccl"]:
-        yield Check("FAIL", "NCCL", "this torch has none: GPUs cannot train together", "install the official torch")
+        yield Finding("FAIL", "NCCL", "this torch has none: GPUs cannot train together", "install the official torch")
 
 
 _LIBRARIES = {"CUDA": "cuda", "ROCm": "hip", "cuDNN": "cudnn", "NCCL": "nccl"}
 
 
-def _kernels(seen: list[dict[str, Any]], architectures: list[str]) -> Iterator[Check]:
+def _kernels(seen: list[dict[str, Any]], architectures: list[str]) -> Iterator[Finding]:
     """Has torch kernels for these GPUs?  Code for ``sm_80`` runs on 8.0 to 8.9; ``compute_90`` on 9.0 and later."""
     if not seen:
-        yield Check("OK", "GPUs", "none is visible (CUDA_VISIBLE_DEVICES): trains on the CPU")
+        yield Finding("OK", "GPUs", "none is visible (CUDA_VISIBLE_DEVICES): trains on the CPU")
         return
     names = {f"{gpu['name']}, {gpu['memory'] / 2**30:.0f} GiB" for gpu in seen}
     found = f"{len(seen)} of {' and '.join(sorted(names))}"
     for major, minor in sorted({tuple(gpu["capability"]) for gpu in seen}):
         if architectures and not any(_runs_on(name, major, minor) for name in architectures):
             has = f"sm_{major}{minor}; torch has code for {', '.join(architectures)}"
-            yield Check("FAIL", "GPUs", f"{found}, {has}", "install a torch built for this GPU")
+            yield Finding("FAIL", "GPUs", f"{found}, {has}", "install a torch built for this GPU")
             return
-    yield Check("OK", "GPUs", found)
+    yield Finding("OK", "GPUs", found)
 
 
 def _runs_on(architecture: str, major: int, minor: int) -> bool:
@@ -145,11 +146,11 @@ def _runs_on(architecture: str, major: int, minor: int) -> bool:
     return own <= (major, minor) and (kind == "compute" or own[0] == major)
 
 
-def _driver(cuda: str, driver: str) -> Check:
+def _driver(cuda: str, driver: str) -> Finding:
     """A driver runs programs of its CUDA's major version and of earlier ones."""
     if int(driver.split(".")[0]) < int(cuda.split(".")[0]):
-        return Check("FAIL", "driver", f"of CUDA {driver}, torch is built for {cuda}", _driver_fix(cuda, driver))
-    return Check("OK", "driver", f"of CUDA {driver}, runs torch's CUDA {cuda}")
+        return Finding("FAIL", "driver", f"of CUDA {driver}, torch is built for {cuda}", _driver_fix(cuda, driver))
+    return Finding("OK", "driver", f"of CUDA {driver}, runs torch's CUDA {cuda}")
 
 
 def _driver_fix(cuda: str | None, driver: str | None) -> str:
@@ -158,26 +159,26 @@ def _driver_fix(cuda: str | None, driver: str | None) -> str:
     return "look at `nvidia-smi`, and at `dmesg` for the driver's errors"
 
 
-def deepspeed(asked: Asked) -> Iterator[Check]:
+def deepspeed(asked: Asked) -> Iterator[Finding]:
     """Which of DeepSpeed's operators are compiled, and which could be?  Compiles none."""
     version = _version("deepspeed")
     if version is None:
-        yield Check("OK", "deepspeed", "not installed: only its strategies need it (pip install 'paperscale[gpu]')")
+        yield Finding("OK", "deepspeed", "not installed: only its strategies need it (pip install 'paperscale[gpu]')")
         return
     built = sorted(_prebuilt() | {folder.name for folder in _operator_folders() if any(folder.glob("*.so"))})
     if asked.quick:
-        yield Check("OK", "deepspeed", f"{version}; compiled: {', '.join(built) or 'none'}")
+        yield Finding("OK", "deepspeed", f"{version}; compiled: {', '.join(built) or 'none'}")
         return
     result = subprocess.run([sys.executable, "-c", _OPERATORS], capture_output=True, text=True, timeout=55)
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
-        yield Check("FAIL", "deepspeed", f"{version} cannot be imported: {reason}", "pip install 'paperscale[gpu]'")
+        yield Finding("FAIL", "deepspeed", f"{version} cannot be imported: {reason}", "pip install 'paperscale[gpu]'")
         return
     compatible = json.loads(result.stdout.splitlines()[-1])
     todo = [name for name, fits in compatible.items() if fits and name not in built and "not_implemented" not in name]
     never = [name for name, fits in compatible.items() if not fits]
     found = f"{version}; compiled: {', '.join(built) or 'none'}; at first use: {', '.join(todo) or 'none'}"
-    yield Check("OK", "deepspeed", found + (f"; not on this machine: {', '.join(never)}" if never else ""))
+    yield Finding("OK", "deepspeed", found + (f"; not on this machine: {', '.join(never)}" if never else ""))
 
 
 def _prebuilt() -> set[str]:
@@ -202,7 +203,7 @@ def _operator_folders() -> list[Path]:
     return [path for path in (cache / "torch_extensions").glob("*/*") if path.is_dir()]  # <Python and CUDA>/<operator>
 
 
-def stale_locks(asked: Asked) -> Iterator[Check]:
+def stale_locks(asked: Asked) -> Iterator[Finding]:
     """Has a killed job left the lock of a compilation?  Every later job would wait for it, without a word."""
     locks = [folder / "lock" for folder in _operator_folders() if (folder / "lock").exists()]
     holders = _open_files() if locks else {}
@@ -210,15 +211,15 @@ def stale_locks(asked: Asked) -> Iterator[Check]:
         age, name = max(0.0, time.time() - path.stat().st_mtime), f"lock of {path.parent.name}"
         holder = holders.get(path.resolve())
         if holder:
-            yield Check("OK", name, f"process {holder} compiles it, since {age:.0f} s")
+            yield Finding("OK", name, f"process {holder} compiles it, since {age:.0f} s")
         elif age < _STALE_S:
             found = f"{path}, {age:.0f} s old, held by no process of yours on this machine"
-            yield Check("WARN", name, found, f"if no job is compiling on another machine: rm {path}")
+            yield Finding("WARN", name, found, f"if no job is compiling on another machine: rm {path}")
         else:
             found = f"{path} is {_duration(age)} old and nobody holds it: every job that needs it hangs"
-            yield Check("FAIL", name, found, f"rm {path}")
+            yield Finding("FAIL", name, found, f"rm {path}")
     if not locks:
-        yield Check("OK", "compiled operators", "no lock is left behind")
+        yield Finding("OK", "compiled operators", "no lock is left behind")
 
 
 def _open_files() -> dict[Path, int]:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paperscale.doctor.findings import Asked, Check
+from paperscale.doctor.findings import Asked
+from paperscale.findings import Finding, Level
 
 _FACTS = Path(__file__).with_name("storage_facts.py")
 _LIMIT_S = 25.0
@@ -87,7 +88,7 @@ def mount_of(folder: Path) -> tuple[str, str]:
     return found
 
 
-def check(system: FileSystem, asked: Asked) -> Iterator[Check]:
+def check(system: FileSystem, asked: Asked) -> Iterator[Finding]:
     """Yield the findings on a file system, asked in a process of its own: one that hangs is left behind."""
     folder = system.folder
     point, kind = mount_of(folder)
@@ -97,7 +98,7 @@ def check(system: FileSystem, asked: Asked) -> Iterator[Check]:
     facts = _ask(command)
     if facts is None:
         found = f"{folder} does not answer within {_LIMIT_S:.0f} s"
-        yield Check("FAIL", f"{system.role}: file system", found, "wait for its server, or work elsewhere")
+        yield Finding("FAIL", f"{system.role}: file system", found, "wait for its server, or work elsewhere")
         return
     yield from judge(system, facts)
 
@@ -111,17 +112,17 @@ def _ask(command: list[str]) -> dict[str, Any] | None:
         return None
 
 
-def _type(system: FileSystem, found: str, kind: str, asked: Asked) -> Check:
+def _type(system: FileSystem, found: str, kind: str, asked: Asked) -> Finding:
     name = f"{system.role}: type"
     if system.role != "runs":
-        return Check("OK", name, found)
+        return Finding("OK", name, found)
     if kind in _MEMORY:
         fix = "set PAPERSCALE_RUNS to a folder on a disk"
-        return Check("WARN", name, f"{found}: runs are gone when the machine restarts", fix)
+        return Finding("WARN", name, f"{found}: runs are gone when the machine restarts", fix)
     if asked.slurm and kind in _LOCAL and not _nodes_are_here():
         fix = "set PAPERSCALE_RUNS to a folder that all nodes share"
-        return Check("WARN", name, f"{found}: local to this machine, as far as can be told", fix)
-    return Check("OK", name, found)
+        return Finding("WARN", name, f"{found}: local to this machine, as far as can be told", fix)
+    return Finding("OK", name, found)
 
 
 def _nodes_are_here() -> bool:
@@ -129,7 +130,7 @@ def _nodes_are_here() -> bool:
     return any(path.read_text().strip() == "slurmd" for path in Path("/proc").glob("[0-9]*/comm") if path.exists())
 
 
-def judge(system: FileSystem, facts: dict[str, Any]) -> Iterator[Check]:
+def judge(system: FileSystem, facts: dict[str, Any]) -> Iterator[Finding]:
     """Yield the findings on what ``storage_facts.py`` has printed."""
     role, folder = system.role, system.folder
     if facts["error"]:
@@ -139,9 +140,9 @@ def judge(system: FileSystem, facts: dict[str, Any]) -> Iterator[Check]:
     problems = [facts[key] for key in ("renames", "exclusive") if facts[key]]
     if problems:
         fix = "move the runs to another file system: a checkpoint could be half there" if role == "runs" else ""
-        yield Check("FAIL" if role == "runs" else "WARN", f"{role}: writes", "; ".join(problems), fix or _ELSEWHERE)
+        yield Finding("FAIL" if role == "runs" else "WARN", f"{role}: writes", "; ".join(problems), fix or _ELSEWHERE)
     else:
-        yield Check("OK", f"{role}: writes", f"{folder}: durable, renamed at once, created once")
+        yield Finding("OK", f"{role}: writes", f"{folder}: durable, renamed at once, created once")
     yield _locks(role, facts)
     yield _clock(role, facts)
     if "write_mb_s" in facts:
@@ -151,15 +152,15 @@ def judge(system: FileSystem, facts: dict[str, Any]) -> Iterator[Check]:
 _ELSEWHERE = "use another file system for it"
 
 
-def _unwritable(system: FileSystem, reason: str) -> Check:
+def _unwritable(system: FileSystem, reason: str) -> Finding:
     name, found = f"{system.role}: writes", f"{system.folder}: {reason}"
     if system.role == "data":
-        return Check("OK", name, f"{found}: read only, which is enough to train")
+        return Finding("OK", name, f"{found}: read only, which is enough to train")
     fix = "work in a folder that you can write to, or set PAPERSCALE_RUNS" if system.role == "runs" else _ELSEWHERE
-    return Check("FAIL" if system.role == "runs" else "WARN", name, found, fix)
+    return Finding("FAIL" if system.role == "runs" else "WARN", name, found, fix)
 
 
-def _room(system: FileSystem) -> Iterator[Check]:
+def _room(system: FileSystem) -> Iterator[Finding]:
     facts = os.statvfs(system.folder)
     free, inodes = facts.f_bavail * facts.f_frsize, facts.f_favail
     limited = facts.f_files > 0  # some file systems make inodes as they are needed
@@ -167,54 +168,54 @@ def _room(system: FileSystem) -> Iterator[Check]:
     too_little = free < _LITTLE_ROOM or (limited and inodes < _FEW_INODES)
     little = free < _ROOM or (limited and inodes < _INODES)
     if system.role != "runs":
-        level = "WARN" if too_little else "OK"
+        level: Level = "WARN" if too_little else "OK"
     else:
         level = "FAIL" if too_little else "WARN" if little else "OK"
-    yield Check(level, f"{system.role}: room", found, "" if level == "OK" else f"free some of {system.folder}")
+    yield Finding(level, f"{system.role}: room", found, "" if level == "OK" else f"free some of {system.folder}")
 
 
-def _locks(role: str, facts: dict[str, Any]) -> Check:
+def _locks(role: str, facts: dict[str, Any]) -> Finding:
     problems = [f"{kind}: {facts[kind]}" for kind in ("flock", "fcntl") if facts[kind]]
     if not problems:
-        return Check("OK", f"{role}: locks", "flock and fcntl hold between processes")
+        return Finding("OK", f"{role}: locks", "flock and fcntl hold between processes")
     fix = "mount it with locks (Lustre: -o flock; NFS: not -o nolock), or set PAPERSCALE_CACHE to a local disk"
-    return Check("WARN", f"{role}: locks", "; ".join(problems), fix)
+    return Finding("WARN", f"{role}: locks", "; ".join(problems), fix)
 
 
-def _clock(role: str, facts: dict[str, Any]) -> Check:
+def _clock(role: str, facts: dict[str, Any]) -> Finding:
     skew, steps = facts["skew_s"], f"in steps of {facts['resolution_s']:g} s"
     if abs(skew) <= _SKEW_S:
         found = f"times of files agree with this machine's clock within {max(0.1, abs(skew)):.1f} s, {steps}"
-        return Check("OK", f"{role}: clock", found)
+        return Finding("OK", f"{role}: clock", found)
     found = f"times of files are {abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} this machine's clock, {steps}"
-    return Check("WARN", f"{role}: clock", found, "let NTP set the clocks of this machine and of the file server")
+    return Finding("WARN", f"{role}: clock", found, "let NTP set the clocks of this machine and of the file server")
 
 
-def _speed(role: str, facts: dict[str, Any]) -> Check:
+def _speed(role: str, facts: dict[str, Any]) -> Finding:
     write, read, files = facts["write_mb_s"], facts["read_mb_s"], facts["files_per_s"]
     if not write:
-        return Check("OK", f"{role}: speed", f"{files:,.0f} small files/s; too little room to write 64 MB")
+        return Finding("OK", f"{role}: speed", f"{files:,.0f} small files/s; too little room to write 64 MB")
     found = f"written {write:,.0f} MB/s, read {read:,.0f} MB/s, {files:,.0f} small files/s"
     slow = {"runs": write, "data": read}.get(role, _SLOW_MB_S) < _SLOW_MB_S or (role == "runs" and files < _SLOW_FILES)
     if not slow:
-        return Check("OK", f"{role}: speed", found)
+        return Finding("OK", f"{role}: speed", found)
     fix = (
         "checkpoints wait for it: use a faster file system"
         if role == "runs"
         else "shards wait for it: copy them to scratch"
     )
-    return Check("WARN", f"{role}: speed", found, fix)
+    return Finding("WARN", f"{role}: speed", found, fix)
 
 
-def quota(asked: Asked) -> Iterator[Check]:
+def quota(asked: Asked) -> Iterator[Finding]:
     """Is the user over a quota?  `quota` says so by its exit code, where a system has it."""
     if shutil.which("quota") is None:
         return
     result = subprocess.run(["quota", "-q"], capture_output=True, text=True, timeout=8)
     lines = [line.strip() for line in result.stdout.splitlines() if line.strip()]
     if result.returncode and lines:
-        yield Check(
+        yield Finding(
             "WARN", "quota", " ".join(lines), "free space: writing stops at the limit, or when the grace is over"
         )
     else:
-        yield Check("OK", "quota", "within its limits")
+        yield Finding("OK", "quota", "within its limits")

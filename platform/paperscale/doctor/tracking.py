@@ -10,22 +10,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from paperscale.doctor.findings import Asked, Check
+from paperscale.doctor.findings import Asked
+from paperscale.findings import Finding
 
 LIMIT_S = 3.0
 
 
-def wandb(asked: Asked) -> Iterator[Check]:
+def wandb(asked: Asked) -> Iterator[Finding]:
     """Are runs sent as they go, or written here?"""
     mode = os.environ.get("WANDB_MODE", "online")
     url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     host = urlsplit(url).hostname or ""
     if mode != "online":
-        yield Check("OK", "W&B", f"WANDB_MODE is {mode}: runs are written offline, `wandb sync` sends them later")
+        yield Finding("OK", "W&B", f"WANDB_MODE is {mode}: runs are written offline, `wandb sync` sends them later")
     elif not _has_key(host):
-        yield Check("OK", "W&B", "no key: runs are written offline (`wandb login` to send them, `wandb sync` later)")
+        yield Finding("OK", "W&B", "no key: runs are written offline (`wandb login` to send them, `wandb sync` later)")
     elif asked.quick:
-        yield Check("OK", "W&B", f"a key is configured: runs are sent to {host} as they go")
+        yield Finding("OK", "W&B", f"a key is configured: runs are sent to {host} as they go")
     else:
         yield _reach(url, host)
 
@@ -40,7 +41,7 @@ def _has_key(host: str) -> bool:
         return False
 
 
-def _reach(url: str, host: str) -> Check:
+def _reach(url: str, host: str) -> Finding:
     try:
         with urllib.request.urlopen(url, timeout=LIMIT_S):  # noqa: S310  the user's own, or W&B's
             pass
@@ -49,10 +50,10 @@ def _reach(url: str, host: str) -> Check:
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         return unreachable(host, str(reason))
-    return Check("OK", "W&B", f"a key is configured and {host} answers: runs are sent as they go")
+    return Finding("OK", "W&B", f"a key is configured and {host} answers: runs are sent as they go")
 
 
-def unreachable(host: str, reason: str) -> Check:
+def unreachable(host: str, reason: str) -> Finding:
     """Return the finding on a server that cannot be reached: no failure, W&B is not needed to train."""
     fix = "export WANDB_MODE=offline: runs are written offline, and `wandb sync` sends them later"
-    return Check("WARN", "W&B", f"a key is configured, but {host} does not answer: {reason}", fix)
+    return Finding("WARN", "W&B", f"a key is configured, but {host} does not answer: {reason}", fix)

@@ -11,11 +11,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from paperscale.errors import UserError, nearest
+from paperscale.findings import Finding
 from paperscale.jobs.facts import Cluster, Machine, Partition, ask
 from paperscale.jobs.profile import Profile
 from paperscale.jobs.render import render
@@ -23,23 +22,6 @@ from paperscale.jobs.run import RunInfo
 from paperscale.jobs.units import seconds, size_bytes, size_text
 
 _MODULE_S = 60
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something that was looked at.
-
-    Attributes:
-        level: ``OK``, ``WARN`` or ``FAIL``.
-        name: what was looked at.
-        found: what was found.
-        fix: what to do, unless ``OK``.
-    """
-
-    level: Literal["OK", "WARN", "FAIL"]
-    name: str
-    found: str
-    fix: str = ""
 
 
 def problems(
