@@ -30,6 +30,7 @@ from paperscale.jobs.preflight import BadNode, NodeReport, check_node
 from paperscale.jobs.run import Attempt, Run, read_json
 from paperscale.jobs.watchdog import Watchdog, rank_facts
 from paperscale.training import pulse
+from paperscale.training.signals import end_with_parent
 
 TICK_S = 0.1
 LOOK_S = 1.0
@@ -39,6 +40,8 @@ GRACE_S = 10.0
 LAST_GRACE_S = 60.0
 """Seconds between the first rank that is through and the last."""
 RENDEZVOUS_S = 120.0
+_DUMP_S = 0.3
+_ROOM_BYTES = 16384
 _OUT_OF_MEMORY = " (by a person, or for want of memory: see `dmesg` of the node, and ask for more with mem_per_node)"
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
@@ -204,7 +207,10 @@ class Agent:
         self._fail(128 - code, f"{where}: killed by {signal.Signals(-code).name}{why}")
 
     def _look(self) -> None:
-        if self.run.attempts()[-1].number > self.attempt.number:
+        if not self.attempt.path.exists():
+            say(f"{self.host}: the run's folder is gone; this attempt ends")
+            self._end(SUPERSEDED)
+        elif self.run.attempts()[-1].number > self.attempt.number:
             self._fail(SUPERSEDED, f"{self.host}: a newer attempt has taken over the run")
             self._end(SUPERSEDED)
         elif (verdict := self.attempt.verdict) is not None and self.failed_at is None:
@@ -244,7 +250,8 @@ class Agent:
             (self.run.path / ORDER).unlink(missing_ok=True)
             say(f"{self.host}: drill, {order['fault']} at rank {order['rank']}")
             if order["fault"] == "fill-disk":
-                resource.prlimit(self.ranks[slot].pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+                room = self.attempt.log(order["rank"]).stat().st_size + _ROOM_BYTES  # its log can still be written
+                resource.prlimit(self.ranks[slot].pid, resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
                 self.full = self.ranks[slot].pid, time.monotonic() + FULL_S
             else:
                 self.ranks[slot].send_signal(signal.SIGKILL if order["fault"] == "kill-rank" else signal.SIGSTOP)
@@ -272,11 +279,11 @@ class Agent:
         ]
 
     def _dump_stacks(self) -> None:
-        """Let every rank write where it is; the handler runs even where Python does not."""
-        for process in self.ranks:
-            if process.poll() is None:
-                process.send_signal(signal.SIGCONT)
-                process.send_signal(signal.SIGQUIT)
+        """Let every rank write where it is, and go no further; the handler runs even where Python does not."""
+        self._signal_all(signal.SIGQUIT)
+        self._signal_all(signal.SIGCONT)  # a stopped process takes signals when it runs
+        time.sleep(_DUMP_S)
+        self._signal_all(signal.SIGSTOP)
 
     def _write_report(self) -> None:
         self._reported = time.monotonic()
@@ -336,6 +343,8 @@ def main(run_dir: str, number: int) -> int:
 
     for forwarded in _FORWARDED:
         signal.signal(forwarded, note)
+    if not agent.on_slurm:
+        end_with_parent(signal.SIGTERM)  # without its job script nobody would run it again: checkpoint and end
     code = agent.carry_out()
     for forwarded in _FORWARDED:
         signal.signal(forwarded, signal.SIG_IGN)  # the outcome is decided, only the exit is left

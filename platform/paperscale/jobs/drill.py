@@ -10,13 +10,13 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from paperscale.data.writer import write_atomically
 from paperscale.errors import UserError
 from paperscale.jobs.engines import ENGINES
-from paperscale.jobs.faults import BAD_NODE_ORDER, FAULTS, ORDER
+from paperscale.jobs.faults import BAD_NODE_ORDER, FAULTS, FULL_S, ORDER
 from paperscale.jobs.run import Attempt, Run
 from paperscale.jobs.status import LIVE, status
 
@@ -47,6 +47,8 @@ def drill(run: Run, fault: str, rank: int | None = None, node: str | None = None
     if fault == "preempt":
         return preempt(run)
     if fault == "bad-node":
+        if run.info.engine == "local":
+            raise UserError("bad-node: the local cluster has no other node to go to; drill this on a SLURM cluster")
         return _bad_node(run, node)
     ranks = run.info.nodes * run.info.procs_per_node
     rank = (0 if fault == "fill-disk" else ranks - 1) if rank is None else rank
@@ -67,6 +69,43 @@ def preempt(run: Run) -> str:
     """Send SIGTERM to the job's processes, as a scheduler does that wants its nodes back."""
     ENGINES[run.info.engine].interrupt(run, signal.SIGTERM)
     return f"sent SIGTERM to the processes of {run.name}"
+
+
+def full_disk(run: Run) -> Iterator[str]:
+    """See a checkpoint fail on the disk that :func:`drill` has filled, and the next one succeed.
+
+    Args:
+        run: the run.
+
+    Raises:
+        UserError: the run has ended, or no checkpoint has succeeded in time.
+    """
+    since = time.time()
+    log, newest = run.attempts()[-1].log(), _newest(run)
+    (run.path / "save").touch()
+    yield "waiting for a checkpoint to fail"
+    _wait(run, lambda: "not written" in log.read_text(errors="replace"), "no checkpoint has failed")
+    line = next(line for line in log.read_text(errors="replace").splitlines()[::-1] if "not written" in line)
+    yield f"after {time.time() - since:.1f} s: {line}"
+    yield f"the disk has room again {FULL_S:.0f} s after it was full"
+    _wait(run, lambda: time.time() - since > FULL_S + 2, "")
+    (run.path / "save").touch()
+    _wait(run, lambda: _newest(run) > newest, "no checkpoint has been written since")
+    yield f"after {time.time() - since:.1f} s: {_newest(run)} is written; no step was lost, no attempt spent"
+
+
+def _newest(run: Run) -> str:
+    return max((path.name for path in run.checkpoints.glob("step-*")), default="")
+
+
+def _wait(run: Run, condition: Callable[[], bool], otherwise: str) -> None:
+    """Wait until ``condition()``; a checkpoint may take its time."""
+    deadline = time.monotonic() + 300
+    while not condition():
+        state = status(run)
+        if state.state not in LIVE or time.monotonic() > deadline:
+            raise UserError(f"{otherwise}: run '{run.name}' is {state.state}; `paperscale logs {run.name}` says more")
+        time.sleep(0.5)
 
 
 def _bad_node(run: Run, node: str | None) -> str:

@@ -16,6 +16,7 @@
         metrics.jsonl     every logged row
         results.json      the final metrics; its presence means finished
         cancelled         present once the run has been cancelled; says by whom
+        cancel-taken      newer than that once the scheduler has been told
         stop, save        present while the user wants the run to end, or to write a checkpoint, at the next step
         excluded          nodes that the job avoids: host, Unix time, reason
         wandb/            W&B's files
@@ -154,11 +155,22 @@ class Run:
         """Return who has cancelled the run: ``paperscale cancel`` or ``scancel``; empty if nobody has."""
         return _read(self.path / "cancelled") or "paperscale cancel" if self.cancelled else ""
 
+    def note_cancel_taken(self) -> None:
+        """Note that the scheduler has been told to cancel the run."""
+        (self.path / "cancel-taken").touch()
+
+    @property
+    def cancel_taken(self) -> bool:
+        """Return whether the scheduler has been told of the cancellation that the run is marked with."""
+        with contextlib.suppress(OSError):
+            return (self.path / "cancel-taken").stat().st_mtime >= (self.path / "cancelled").stat().st_mtime
+        return False
+
     @property
     def excluded(self) -> list[dict[str, Any]]:
         """Return the nodes that the job avoids, each with ``host``, ``time`` and ``reason``."""
-        rows = [line.split(maxsplit=2) for line in _read(self.path / "excluded").splitlines()]
-        return [{"host": row[0], "time": float(row[1]), "reason": "".join(row[2:])} for row in rows if len(row) > 1]
+        rows = re.findall(r"^(\S+) (\d+(?:\.\d+)?)(?: (.*))?$", _read(self.path / "excluded"), re.MULTILINE)
+        return [{"host": host, "time": float(found), "reason": reason.strip()} for host, found, reason in rows]
 
     @property
     def max_attempts(self) -> int | None:
@@ -333,6 +345,11 @@ def find_run(name: str) -> Run:
     """
     path = Path(name) if "/" in name else runs_dir() / name
     if not (path / "run.json").exists():
+        if (path / "sweep.json").exists():
+            raise UserError(
+                f"'{path.name}' is a sweep, not a run: `paperscale runs --group {path.name}` lists its runs, "
+                f"`paperscale cancel --group {path.name}` ends them"
+            )
         known = [run.name for run in all_runs()]
         raise UserError(f"no run '{name}' in {runs_dir()}{nearest(name, known)}; `paperscale runs` lists them")
     return Run(path.absolute())
@@ -357,6 +374,10 @@ def refuse_taken(name: str) -> None:
         UserError: it cannot be a run's name, or is taken.
     """
     if (path := runs_dir() / check_name(name)).exists():
+        if not any((path / file).exists() for file in ("run.json", "sweep.json")):
+            raise UserError(
+                f"{path} holds what is left of something else; remove that folder, or choose another --name"
+            )
         raise UserError(
             f"run '{name}' exists at {path}; continue it with `paperscale resume {name}`, or choose another --name"
         )

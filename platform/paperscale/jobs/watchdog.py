@@ -115,7 +115,8 @@ class Watchdog:
         """
         time.sleep(_WAIT_FOR_REPORTS_S)
         reports = self.reports()
-        lost = [report for report in reports if report["node"] != self.node and not self._answers(report)]
+        others = reports if self.attempt.verdict is None else []  # with a verdict, agents have ended by themselves
+        lost = [report for report in others if report["node"] != self.node and not self._answers(report)]
         for report in lost if self.node == 0 else ():  # node 0 runs the batch script, which is still there
             self.attempt.suspect(report["host"], "lost: it does not answer node 0")
         ranks = [{**rank, "host": report["host"]} for report in reports for rank in report["ranks"]]

@@ -355,7 +355,8 @@ class Worker:
 
     def is_current(self) -> bool:
         """Return whether no newer attempt has started: a rank that was cut off and replaced must not write."""
-        return self.run.attempts()[-1].number == self.attempt.number
+        attempts = self.run.attempts()
+        return bool(attempts) and attempts[-1].number == self.attempt.number
 
     def record(self, **facts: Any) -> None:
         """Add facts to the attempt's record (rank 0)."""
@@ -369,6 +370,7 @@ class Worker:
 if __name__ == "__main__":
     from paperscale.training.callbacks import exit_now
 
+    signals.end_with_parent(signal.SIGKILL)  # a rank without its agent is watched by nobody
     keep_stacks(Attempt(Path(sys.argv[1]) / "attempts" / f"{int(sys.argv[2]):04d}"), int(os.environ.get("RANK", 0)))
     code = main(sys.argv[1], int(sys.argv[2]))
     signals.ignore()

@@ -224,7 +224,7 @@ class Checkpointing(Checkpoint):
         self.io.error = error = None
         try:
             if trainer.is_global_zero:
-                partial.mkdir(parents=True, exist_ok=True)
+                partial.mkdir(exist_ok=True)
         except OSError as failure:
             error = failure
         trainer.strategy.barrier("checkpoint folder")

@@ -34,6 +34,7 @@ class Heartbeat(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Time what the strategy does between its own forward pass and the model's."""
+        self.pulse.mark("starting", trainer.global_step)
         wrapper = trainer.strategy.model
         if isinstance(wrapper, torch.nn.Module) and wrapper is not pl_module:
             wrapper.register_forward_pre_hook(self._enter)

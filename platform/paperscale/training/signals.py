@@ -6,11 +6,15 @@ The default action of SIGUSR1 and SIGTERM ends a process, whether it imports, tr
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+
+_PR_SET_PDEATHSIG = 1
 
 received: signal.Signals | None = None
 """The first signal that came, if any."""
@@ -29,6 +33,12 @@ def install() -> None:
     """Let the signals of schedulers and people raise the flag, and nothing else."""
     for number in SIGNALS:
         signal.signal(number, _raise_flag)
+
+
+def end_with_parent(number: signal.Signals) -> None:
+    """Let the kernel send this process a signal when the process that has started it ends (Linux)."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
 
 
 def ignore() -> None:

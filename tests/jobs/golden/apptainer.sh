@@ -122,13 +122,13 @@ requeue() {
     exclude
 }
 
-# Nodes that were found bad within twelve hours are left out, as long as enough others are there.
+# Nodes that were found bad within twelve hours are left out, as long as enough others are up.
 exclude() {
     if [[ -s $logs/suspects ]]; then cat "$logs/suspects" >>"$run/excluded"; fi
     if [[ ! -s $run/excluded ]]; then return 0; fi
     local hosts all
     hosts=$(awk -v now="$(date +%s)" 'now - $2 < 43200 { print $1 }' "$run/excluded" | sort -u)
-    all=$(sinfo -h -N -p "$SLURM_JOB_PARTITION" -o %N | sort -u)
+    all=$(sinfo -h -N -r -t idle,mix,alloc,comp -p "$SLURM_JOB_PARTITION" -o %N | sort -u)
     if (($(comm -23 <(echo "$all") <(echo "$hosts") | wc -l) < 4)); then
         say "WARNING without $(paste -sd, <<<"$hosts") too few nodes would be left: they are tried again"
         return 0
