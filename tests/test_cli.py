@@ -95,6 +95,7 @@ def test_a_mistake_is_one_line_with_the_fix_and_exit_code_2(words, message, runs
 )
 def test_a_wrong_recipe_is_refused_before_anything_is_queued(words, message, runs, tiny_recipe, capsys):
     (runs / "taken").mkdir(parents=True)
+    (runs / "taken" / "run.json").touch()
     assert main(["submit", str(tiny_recipe), "--procs-per-node", "2", *words]) == 2
     err = capsys.readouterr().err
     assert message in err

@@ -19,6 +19,7 @@ from torch.utils.file_baton import FileBaton
 from paperscale.cli import main
 from paperscale.doctor import Asked, checks, findings, machine, scheduler, software, storage, tracking
 from paperscale.doctor import names as host_names
+from paperscale.errors import UserError
 from paperscale.findings import Finding, exit_code
 
 HEALTHY = {
@@ -100,13 +101,23 @@ def test_a_check_that_crashes_or_hangs_is_a_finding(monkeypatch):
         time.sleep(60)
         yield Finding("OK", "never", "")
 
-    work = [findings.Work("crash", crash), findings.Work("hang", hang, 0.2), findings.Work("last", software.python)]
+    def refuse(asked):
+        raise UserError("scontrol: no answer; wait")
+        yield
+
+    work = [
+        findings.Work("crash", crash),
+        findings.Work("refuse", refuse),
+        findings.Work("hang", hang, 0.2),
+        findings.Work("last", software.python),
+    ]
     monkeypatch.setattr(findings, "all_work", lambda asked: work)
     began, found = time.monotonic(), list(checks(Asked()))
     assert time.monotonic() - began < 5
-    assert levels(found) == {"first": "OK", "crash": "FAIL", "hang": "FAIL", "Python": "OK"}
+    assert levels(found) == {"first": "OK", "crash": "FAIL", "refuse": "FAIL", "hang": "FAIL", "Python": "OK"}
     assert found[1].found == "this check failed: RuntimeError: boom"
-    assert found[2].found == "no answer within 0.2 s"
+    assert (found[2].found, found[2].fix) == ("scontrol: no answer", "wait")
+    assert found[3].found == "no answer within 0.2 s"
 
 
 # -- software ---------------------------------------------------------------------------------------------------------
@@ -393,4 +404,5 @@ def test_a_controller_that_is_down_is_said_to_be(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
     code, found = doctor(capsys, "--quick", "--cluster", "slurm-dev")
     assert (code, found["SLURM"]["level"]) == (2, "FAIL")
+    assert found["SLURM"]["found"].startswith("the controller does not answer (")
     assert "DOWN" in found["SLURM"]["found"]

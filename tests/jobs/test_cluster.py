@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from paperscale.cli import main
+from paperscale.doctor import Asked, scheduler
 from paperscale.errors import UserError
 from paperscale.findings import Finding
 from paperscale.jobs import profile as profiles
@@ -125,3 +126,13 @@ def test_a_controller_that_does_not_answer_is_said_to(big_cluster, capsys):
     ):
         problems(profiles.load("slurm"))
     assert main(["cluster", "check", "slurm"]) == 2
+    assert "the controller does not answer (scontrol -o show: slurm_load_partitions: " in capsys.readouterr().out
+    found = list(scheduler.profile(Asked("slurm", quick=True)))
+    assert [(one.level, one.name) for one in found] == [("FAIL", "profile: SLURM")]
+    assert "`scontrol ping`" in found[0].fix
+
+
+def test_a_python_under_tmp_will_do_for_this_machine(monkeypatch):
+    monkeypatch.setattr("sys.executable", "/tmp/venv/bin/python")
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    assert {finding.level for finding in check(profiles.load("local"))} == {"OK"}

@@ -113,6 +113,8 @@ def test_every_field_is_read_as_it_is_written(write):
             "container: {runtime: pyxis, image: x, mounts: [data]}",
             "container.mounts: 'data' is not a mount; write /source",
         ),
+        ("extends: [gpu]", r"extends: must be the name of one profile, not \['gpu'\]; write `extends: NAME`"),
+        ("network: {interface: ib 0}", "network.interface: 'ib 0' holds a space; write names as"),
         ("scratch: tmp/$USER", "scratch: .* is not an absolute path; start it with / or"),
         ("partition: 'a b'", "partition: 'a b' holds a space, a quote or a '#'"),
         ("engine: local\npartition: x", "partition: the local engine has no use for it; leave it out"),
@@ -261,3 +263,4 @@ def test_the_list_names_where_each_profile_comes_from_and_what_is_wrong(write, c
     assert rows["gpu"]["procs_per_node"] == 8
     assert "must be a whole number" in rows["bad"]["error"]
     assert main(["cluster", "list"]) == 0
+    assert capsys.readouterr().out.startswith("profile\tengine\tshape\tfile\n"), "plain where there is no terminal"

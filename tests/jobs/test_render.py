@@ -310,3 +310,28 @@ def test_a_mistake_in_a_users_template_names_the_file(tmp_path, monkeypatch, run
     (tmp_path / "cluster/templates/engine-local.sh.j2").write_text(content)
     with pytest.raises(UserError, match=rf"cluster/templates/engine-local\.sh\.j2.*{message}.*mend the template"):
         script(engine="local")
+
+
+def test_a_users_template_that_bash_cannot_read_is_refused(tmp_path, monkeypatch, runs):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cluster/templates").mkdir(parents=True)
+    (tmp_path / "cluster/templates/engine-local.sh.j2").write_text("if true; then\n")
+    with pytest.raises(
+        UserError, match=r"engine-local\.sh\.j2: bash cannot .*line \d+: syntax error.*mend the template"
+    ):
+        script(engine="local")
+
+
+@pytest.mark.parametrize(
+    ("line", "written"),
+    [
+        ("--comment=a b # c", '--comment="a b # c"'),
+        ("--comment='a b'", "--comment='a b'"),
+        ('--comment="a b"', '--comment="a b"'),
+        ("-x n1", "-x n1"),
+        ("--exclusive", "--exclusive"),
+        ("--exclude n[1-2]", '--exclude "n[1-2]"'),
+    ],
+)
+def test_a_profiles_own_options_are_quoted_where_sbatch_would_cut_them(line, written):
+    assert f"\n#SBATCH {written}\n" in script(sbatch=[line])

@@ -40,6 +40,7 @@ def some(runs: Path) -> Path:
     stopped = write_run(runs, "c-stopped", engine="local", created=now - DAY, files={"progress.json": progress(40)})
     for number in (1, 2):
         write_attempt(stopped, number, exit_code="75\n")
+    put(runs / "g", {"sweep.json": {}})
     files = {"cancelled": "scancel\n", "progress.json": progress(7, loss=None)}
     write_run(runs, "d-cancelled", engine="local", cluster="other", created=now - 60, files=files)
     return runs
@@ -104,6 +105,9 @@ def test_what_a_script_reads_has_a_line_a_run_and_tabs_between(some, capsys):
         (["logs", "c-stopped", "--grep", "("], "write a regular expression"),
         (["logs", "c-stopped", "--node", "5"], "has nodes 0 to 1, not 5"),
         (["diff", "a-done", "b-faild"], "no run 'b-faild'"),
+        (["drill", "g", "kill-rank"], "'g' is a sweep, not a run: `paperscale runs --group g` lists its runs"),
+        (["checkpoint", "g"], "'g' is a sweep"),
+        (["cancel", "g"], "`paperscale cancel --group g` ends them"),
     ],
 )
 def test_a_mistake_ends_in_the_fix(some, words, message, capsys):
@@ -169,6 +173,8 @@ def logged(runs: Path) -> Run:
         (["--attempt", "1", "--rank", "3", "--tail", "1"], "end é\n"),
         (["--tail", "2"], "loss 0.2\nend é\n"),
         (["--tail", "99"], "begin\nloss 0.2\nend é\n"),
+        (["--tail", "2", "--grep", "begin|loss"], "begin\nloss 0.2\n"),
+        (["--job", "--tail", "1", "--grep", "o"], "two\n"),
         (["--rank", "all", "--grep", "los+"], "".join(f"rank {r}: loss {r}.2\n" for r in range(4))),
         (["--node", "1", "--grep", "loss"], "rank 2: loss 2.2\nrank 3: loss 3.2\n"),
         (["--rank", "all", "--attempt", "1", "--tail", "1", "--grep", "e"], "rank {}: end é\n" * 4),
@@ -229,14 +235,14 @@ def test_watch_prints_a_snapshot_where_there_is_no_terminal(some, capsys):
     put(some / "c-stopped", {"metrics.jsonl": "".join(rows), "attempts/0002/rank-0.log": "the last line\n"})
     assert main(["watch", "c-stopped"]) == 0
     out = capsys.readouterr().out
-    assert "step        40/100" in out
+    assert "step           40/100" in out
     assert "loss, steps 0 to 49: last 0.0200, least 0.0200" in out
     assert "the last line" in out
-    assert any("\u2801" <= character <= "\u28ff" for character in out), "a curve"
-    assert main(["watch", "a-done", "b-failed"]) == 0
-    out = capsys.readouterr().out
-    assert "a-done" in out
-    assert "b-failed" in out
+    assert not any("\u2500" <= character <= "\u28ff" for character in out), "neither rules nor a curve"
+    assert main(["watch", "--once", "a-done", "b-failed"]) == 0
+    head, *rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert head == ["run", "state", "step", "loss", "samples/s", "left", "last sign"]
+    assert [row[:3] for row in rows] == [["a-done", "finished", "100/100"], ["b-failed", "failed", "-"]]
     assert main(["watch"]) == 0
     assert "no run is alive" in capsys.readouterr().out
 

@@ -9,7 +9,12 @@ import pytest
 
 from jobs.folders import progress, put, write_attempt, write_checkpoint, write_run
 from paperscale.cli import main
-from paperscale.jobs.status import status
+from paperscale.errors import UserError
+from paperscale.jobs.engines import ENGINES
+from paperscale.jobs.queue import JobState
+from paperscale.jobs.report import lines, report
+from paperscale.jobs.status import Facts, cancel, status, statuses
+from paperscale.jobs.switches import save
 
 
 @pytest.fixture
@@ -90,7 +95,7 @@ def test_nodes_that_have_gone_silent_are_marked(runs, no_slurm, capsys):
     text = said(capsys, "status", "silent")
     assert "heartbeat n1 0 s ago: backward of step 40 n2 90 s ago STALE" in text
     assert "slow rank rank 1 on n2: 2.1 times the others' data" in text
-    assert "excluded n7, 2 h 00 min ago: no GPU" in text
+    assert "excluded n7 is left out (no GPU, until " in text
     facts = json.loads(said(capsys, "status", "silent", "--json"))
     assert [(beat["host"], beat["stale"]) for beat in facts["heartbeats"]] == [("n1", False), ("n2", True)]
 
@@ -177,3 +182,72 @@ def test_a_sweep_is_cancelled_as_a_whole_but_for_what_has_ended(runs, no_slurm, 
     assert sorted(one["run"] for one in json.loads(capsys.readouterr().out)) == ["lr-1", "lr-2"]
     assert not (runs / "other/cancelled").exists()
     assert main(["cancel", "--group", "nothing"]) == 2
+
+
+def answered(run, slurm: str, state: str = "running"):
+    """The run's state where SLURM says this of its job."""
+    return statuses([Facts.read(run)], lambda jobs, owners: dict.fromkeys(jobs, JobState(state, slurm, slurm)))[0]
+
+
+def test_a_job_that_waits_names_the_nodes_that_are_left_out_and_how_to_lift_it(runs):
+    lines_of_nodes = f"n2 {time.time() - 60:.0f} no GPU\nn3 {time.time() - 13 * 3600:.0f} old\nmistyped\n"
+    run = write_run(runs, "waits", files={"job": "7", "excluded": lines_of_nodes})
+    facts = report(run, now=answered(run, "PENDING", "queued"))
+    assert [(node["host"], node["reason"]) for node in facts["excluded"]] == [("n2", "no GPU")]
+    assert facts["excluded"][0]["until"] == pytest.approx(time.time() + 12 * 3600 - 60, abs=5)
+    text = " ".join(value for _, value in lines(facts))
+    assert "n2 is left out (no GPU, until " in text
+    assert f"remove their lines from {run.path}/excluded, then `scontrol update JobId=7 ExcNodeList=`" in text
+    assert report(run, now=answered(run, "RUNNING"))["lift"] == ""
+
+
+def test_a_cancelled_run_stays_so_while_the_controller_is_down(runs, no_slurm, monkeypatch):
+    run = write_run(runs, "ended", files={"job": "7"})
+    write_attempt(run, 1)
+    monkeypatch.setattr(ENGINES["slurm"], "cancel", lambda run: None)
+    assert cancel(run, answered(run, "RUNNING")) == ""
+    assert status(run).state == "cancelled"
+    (run.path / "cancel-taken").unlink()
+    assert (status(run).state, "marked as cancelled" in status(run).detail) == ("unknown", True)
+
+
+def test_a_job_that_is_marked_as_cancelled_is_said_to_be_and_its_completion_is_the_end(runs, monkeypatch, capsys):
+    run = write_run(runs, "marked", files={"job": "7", "cancelled": "paperscale cancel\n"})
+    assert answered(run, "PENDING", "queued").detail == "PENDING; marked as cancelled by `paperscale cancel`"
+    assert answered(run, "COMPLETING").state == "cancelled"
+    monkeypatch.setattr(ENGINES["slurm"], "state", lambda job: JobState("running", "COMPLETING", "COMPLETING"))
+    assert main(["resume", "marked"]) == 2
+    assert "its cancelled job 7 has not ended yet; try again in a minute" in capsys.readouterr().err
+
+
+def test_an_attempt_that_has_ended_is_not_waited_for(runs, no_slurm, capsys):
+    run = write_run(runs, "between", files={"job": "7", "progress.json": progress(time=time.time() - 90)})
+    node = {"node": 0, "host": "n1", "time": time.time() - 90, "ranks": []}
+    write_attempt(run, 1, exit_code="76\n", **{"node-0.json": node})
+    text = said(capsys, "status", "between")
+    assert "heartbeat none: attempt 1 has ended and waits to be requeued" in text
+    assert "STALE" not in text
+    with pytest.raises(UserError, match=r"attempt 1 has ended \(lost\).*try again once"):
+        save(run, 60, print)
+    assert not (run.path / "save").exists()
+
+
+def test_what_is_left_is_estimated_after_five_steps_of_the_attempt(runs):
+    run = write_run(runs, "early", files={"job": "7", "progress.json": progress(41)})
+    write_attempt(run, 1, **{"attempt.json": {"started": time.time(), "resumed_from": "step-00000040"}})
+    assert report(run, now=answered(run, "RUNNING"))["eta_s"] is None
+    put(run.path, {"progress.json": progress(45)})
+    assert report(run, now=answered(run, "RUNNING"))["eta_s"] == pytest.approx(60, abs=5)
+
+
+def test_the_step_is_that_of_the_newest_report_and_of_ranks_that_have_made_one(runs):
+    run, now = write_run(runs, "beats", files={"job": "7"}), time.time()
+    nodes = {}
+    for number, (age, step) in enumerate([(0, 0), (1, 3069), (4, 3060)]):
+        rank = {"rank": number, "step": step, "phase": "backward"}
+        nodes[f"node-{number}.json"] = {"node": number, "host": f"n{number}", "time": now - age, "ranks": [rank]}
+    write_attempt(run, 1, **nodes)
+    told = [
+        value.split(": ")[1] for _, value in lines(report(run, now=answered(run, "RUNNING"))) if "backward" in value
+    ]
+    assert told == ["backward", "backward of step 3070", "backward"]

@@ -41,6 +41,8 @@ def validate(recipe: Path, *words: str, place: Place = CPUS) -> tuple[str, ...]:
         ("trainer.precision=transformer-engine", GPUS, "needs the package transformer_engine, which is not installed"),
         ("trainer.accelerator=gpu", CPUS, "this job has no GPUs; ask for them with --gpus-per-node"),
         ("trainer.max_epochs=1", Place(1, 8, 4), "8 processes on a node with 4 GPUs: .* use --procs-per-node 4, or"),
+        ("trainer.max_steps=-5", CPUS, "max_steps=-5: .* use a number of at least 1, or -1 for no limit"),
+        ("trainer.max_epochs=0", CPUS, "max_epochs=0: .* use a number of at least 1, or -1 for no limit"),
         ("trainer.devices=2", CPUS, "use --nodes and --procs-per-node"),
         ("data.global_batch_size=6", CPUS, "such as --nodes 1 --procs-per-node 4"),
         ("data.global_batch_size=3", CPUS, "such as --nodes 1 --procs-per-node 3"),
@@ -145,3 +147,32 @@ def test_a_resumed_run_gets_the_script_of_this_release(submit_tiny):
     assert resume(run, Shape()) is None
     assert run.script.read_text() == script
     assert status(run).state == "running"
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("trainer.max_steps=1.5", "trainer.max_steps: expected int, got '1.5'"),
+        ("trainer.precision=8", r"trainer.precision: '8' is none of 64, 32, 16, transformer-engine, .*bf16; use one"),
+        ("trainer.precision=bf16-mixd", r"is none of .*; did you mean 'bf16-mixed'\?"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named_with_what_is_allowed(tiny_recipe, word, message):
+    with pytest.raises(UserError, match=message):
+        validate(tiny_recipe, word)
+
+
+def test_a_dry_run_checks_all_but_the_data_and_the_cluster(runs, tiny_recipe, capsys):
+    words = ["submit", str(tiny_recipe), "data.path=/nowhere", "--dry-run"]
+    assert main(words) == 0
+    assert main([*words, "--cluster", "slurm", "trainer.accelerator=gpu"]) == 2
+    assert "this job has no GPUs" in capsys.readouterr().err
+    assert not runs.exists()
+
+
+def test_a_dry_run_warns_of_the_memory(runs, tiny_recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cluster/profiles").mkdir(parents=True)
+    (tmp_path / "cluster/profiles/small.yaml").write_text("gpus_per_node: 1\nnode: {gpus: 1, gpu_memory: 2M}\n")
+    assert main(["submit", str(tiny_recipe), "--cluster", "small", "--dry-run"]) == 0
+    assert "WARNING training will take about" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from paperscale.jobs.run import Run
 from paperscale.jobs.status import LIVE, cancel, status
 from paperscale.jobs.submit import Shape, Turn
 from paperscale.jobs.sweep import Sweep, combinations, names, submit_sweep
+from paperscale.jobs.validation import Place, Validator, validate_all
 from paperscale.recipes import RecipeArguments
 
 
@@ -64,6 +65,8 @@ def test_several_keys_give_their_product():
         (["a=range(1,2,0)"], "there is no value in"),
         (["a=[1,2,1]"], "the value 1 comes twice"),
         (["a=1,2", "a=3"], "--sweep a is given twice"),
+        (["a=range(1000000)"], "1,000,000 runs, at most 10,000"),
+        (["a=range(-5, 100000000000000000000)"], "runs, at most 10,000"),
         (["a=range(1000)", "b=range(1000)"], "1,000,000 runs, at most 10,000"),
     ],
 )
@@ -182,6 +185,7 @@ def test_one_wrong_combination_and_nothing_is_queued(sweep_tiny, runs, sweeps, w
 
 def test_a_taken_name_and_nothing_is_queued(sweep_tiny, runs):
     (runs / "x-seed2").mkdir(parents=True)
+    (runs / "x-seed2/run.json").write_text("{}")
     with pytest.raises(UserError, match="run 'x-seed2' exists"):
         sweep_tiny("x", "seed_everything=[1,2]")
     assert [path.name for path in runs.iterdir()] == ["x-seed2"]
@@ -241,3 +245,42 @@ def test_a_run_after_one_that_fails_ends_with_the_reason(sweep_tiny):
     assert second.attempts() == []
     with pytest.raises(UserError, match=r"--after first-seed1: that run is failed .* `paperscale resume first-seed1`"):
         sweep_tiny("third", "seed_everything=1", turn=Turn("first-seed1"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sweep", "model.lr=1,2", "model.lr=7"], "--sweep model.lr and model.lr=7 set the same key; leave one"),
+        (["--sweep", "model.lr=1", "--sweep", "model.init_args.lr=2"], "and --sweep model.lr set the same key"),
+        (["--name", ""], "--name is empty"),
+        (["--name", "a" * 300], "300 letters, a name has at most 100; shorten it"),
+        (["--sweep", "data.path=/a,/b", "--name", "a" * 99], "its runs' names have 101 letters, at most 100"),
+        (["--sweep", "model.lr=1,2", "--name", "taken"], "`paperscale runs --group taken` lists it; choose another"),
+    ],
+)
+def test_names_and_keys_that_cannot_be_are_refused(words, message, runs, tiny_recipe, capsys):
+    (runs / "taken").mkdir(parents=True)
+    (runs / "taken/sweep.json").write_text("{}")
+    assert main(["submit", str(tiny_recipe), *words, "--dry-run"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_recipes_put_together_are_those_that_would_be_parsed(tiny_recipe):
+    """Fractions and seeds are parsed once for each value, integers and classes in every combination of theirs."""
+    words = [str(tiny_recipe), *NO_WANDB]
+    sweeps = [
+        "model.lr=[0.1,1e-5,1]",
+        "seed_everything=range(4)",
+        "trainer.gradient_clip_val=[0.5,1.0]",
+        "model.network.n=[1,2]",
+    ]
+    chosen, calls = combinations(sweeps), []
+    validator = Validator(Place())
+
+    def check(values):
+        calls.append(values)
+        return validator(RecipeArguments.parse([*words, *(f"{key}={value}" for key, value in values)]))
+
+    found = [checked.recipe for checked in validate_all(check, chosen)]
+    assert len(calls) == 10
+    assert found == [check(values).recipe for values in chosen]

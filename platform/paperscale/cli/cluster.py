@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,12 @@ def run_list(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(rows, indent=1))
         return FINISHED
-    print_table(["profile", "engine", "shape", "file"], [_row(row) for row in rows])
+    columns, cells = ["profile", "engine", "shape", "file"], [_row(row) for row in rows]
+    if sys.stdout.isatty():
+        print_table(columns, cells)
+    else:
+        for line in [columns, *cells]:
+            print("\t".join(line))
     return FINISHED
 
 

@@ -105,6 +105,8 @@ def run_prepare(args: argparse.Namespace) -> int:
         vocab_size=args.vocab_size,
         shard_mb=args.shard_mb,
     )
+    if args.out is None and not (out.parent / ".gitignore").exists():
+        (out.parent / ".gitignore").write_text("*\n")  # shards are not code: jobs do not copy them
     print(f"{out} holds {_splits(manifest)}")
     return FINISHED
 

@@ -66,6 +66,13 @@ def _checkpoint_option(parser: Parser) -> Parser:
     return parser
 
 
+def _name(args: argparse.Namespace) -> str | None:
+    """Return the name that the user has chosen, ``None`` for none."""
+    if args.name == "":
+        raise UserError("--name is empty; give a name, or leave --name out for one after the recipe")
+    return args.name
+
+
 def run_fit(args: argparse.Namespace) -> int:
     """Train here."""
     from paperscale.recipes import RecipeArguments
@@ -78,7 +85,7 @@ def run_fit(args: argparse.Namespace) -> int:
         return FINISHED
     from paperscale.jobs.foreground import fit
 
-    return fit(recipe, args.name, typed(args))
+    return fit(recipe, _name(args), typed(args))
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
@@ -113,7 +120,7 @@ def run_submit(args: argparse.Namespace) -> int:
         return _submit_sweep(args, recipe, shape, turn)
     if args.max_parallel:
         raise UserError("--max-parallel is for sweeps: give --sweep KEY=VALUES too, or leave it out")
-    result = submit(recipe, shape, args.name, args.dry_run, typed(args), turn)
+    result = submit(recipe, shape, _name(args), args.dry_run, typed(args), turn)
     if isinstance(result, str):
         print(result, end="")
         return FINISHED
@@ -127,7 +134,7 @@ def _submit_sweep(args: argparse.Namespace, recipe: RecipeArguments, shape: Shap
     from paperscale.jobs.sweep import submit_sweep
 
     result = submit_sweep(
-        recipe, shape, args.name, args.dry_run, typed(args), args.sweep, at_most=args.max_parallel, turn=turn
+        recipe, shape, _name(args), args.dry_run, typed(args), args.sweep, at_most=args.max_parallel, turn=turn
     )
     if isinstance(result, str):
         print(result, end="")

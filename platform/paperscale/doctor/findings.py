@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from paperscale.errors import UserError
 from paperscale.findings import Finding
 
 if TYPE_CHECKING:
@@ -43,8 +44,6 @@ class Asked:
     @property
     def slurm(self) -> bool:
         """Return whether a SLURM cluster must work here; a profile that cannot be read counts as one."""
-        from paperscale.errors import UserError
-
         try:
             return self.profile is not None and self.profile.engine == "slurm"
         except UserError:
@@ -85,6 +84,9 @@ class _Running:
         try:
             for check in self.work.function(self.asked):
                 self._found.append(check)
+        except UserError as error:  # says itself what to do
+            what, _, fix = str(error).rpartition("; ")
+            self._found.append(Finding("FAIL", self.work.name, what or fix, fix if what else "mend what it names"))
         except Exception as error:  # the check itself is at fault; the others go on
             what = f"this check failed: {type(error).__name__}: {' '.join(str(error).split())}"
             fix = "report it at the project's issue tracker, with this line"

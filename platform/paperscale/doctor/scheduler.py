@@ -7,10 +7,14 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from paperscale.doctor.findings import Asked
 from paperscale.errors import UserError
 from paperscale.findings import Finding, Level
+
+if TYPE_CHECKING:
+    from paperscale.jobs.profile import Profile
 
 _COMMANDS = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
 _LIMIT_S = 15.0
@@ -42,7 +46,8 @@ def _installed(missing: list[str], wanted: bool) -> Iterator[Finding]:
     yield _version()
     ping = answer("scontrol", "ping")
     if ping is None or " is UP" not in ping:
-        found = (ping or "").replace("\n", "; ") or f"the controller has not answered for {_LIMIT_S:.0f} s"
+        said = (ping or "").replace("\n", "; ") or f"nothing for {_LIMIT_S:.0f} s"
+        found = f"the controller does not answer ({said})"
         fix = "ask the administrators, or wait: runs go on, `paperscale status` reads their folders"
         yield Finding(bad, "SLURM", found, fix)
         return
@@ -191,6 +196,15 @@ def _mode(partition: dict[str, str]) -> str:
     return partition.get("PreemptMode", "OFF").split(",")[-1]
 
 
+def _quick(wanted: Profile) -> list[Finding]:
+    from paperscale.jobs import cluster
+
+    try:
+        return cluster.problems(wanted)
+    except UserError as error:
+        return [cluster.not_asked(error)]
+
+
 def profile(asked: Asked) -> Iterator[Finding]:
     """Does the cluster have what the profile asks for?  The same as ``paperscale cluster check``."""
     from paperscale.jobs import cluster
@@ -203,6 +217,6 @@ def profile(asked: Asked) -> Iterator[Finding]:
         return
     if wanted is None or (wanted.engine == "slurm" and shutil.which("sbatch") is None):
         return
-    for finding in cluster.problems(wanted) if asked.quick else cluster.check(wanted):
+    for finding in _quick(wanted) if asked.quick else cluster.check(wanted):
         name = "profile" if finding.name == "profile" else f"profile: {finding.name}"
         yield Finding(finding.level, name, finding.found, finding.fix)

@@ -61,6 +61,15 @@ def refuse(profile: Profile, nodes: int | None = None, procs_per_node: int | Non
             raise UserError(f"{finding.found}; {finding.fix}")
 
 
+def not_asked(error: UserError) -> Finding:
+    """Return the finding that a cluster could not be asked: it has no SLURM here, or a controller that is silent."""
+    what, _, fix = str(error).rpartition("; ")
+    if "not on PATH" in what:
+        return Finding("FAIL", "SLURM", what, fix)
+    fix = "ask the administrators, or wait until `scontrol ping` says that it is up: the runs go on"
+    return Finding("FAIL", "SLURM", f"the controller does not answer ({what})", fix)
+
+
 def _local_problems(profile: Profile) -> Iterator[Finding]:
     if profile.nodes != 1:
         yield Finding(
@@ -178,8 +187,7 @@ def check(profile: Profile) -> Iterator[Finding]:
             cluster = Cluster()
             found = problems(profile, cluster=cluster)
         except UserError as error:
-            what, _, fix = str(error).rpartition("; ")
-            yield Finding("FAIL", "SLURM", what, fix)
+            yield not_asked(error)
             return
         yield from found or [Finding("OK", "partition", _partition_text(profile, cluster))]
         yield from _accounts(profile, cluster)
@@ -281,7 +289,7 @@ def _python(profile: Profile) -> Finding:
         return Finding("FAIL", "python", f"{python} is not there", "set `python:` in the profile, or leave it out")
     if found is None:
         return Finding("WARN", "python", f"{python} is not here; `setup` may bring it", "see the first job's log")
-    if found.startswith("/tmp/"):  # noqa: S108  a question, not a use
+    if found.startswith("/tmp/") and profile.engine == "slurm":  # noqa: S108  a question, not a use
         return Finding(
             "WARN", "python", f"{found} is on this machine only", "install on a file system that nodes share"
         )

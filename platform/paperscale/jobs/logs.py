@@ -33,7 +33,7 @@ def follow(
         attempt: the attempt, by default the last.
         forever: go on until the run ends.
         node: with all ranks, only those of this node.
-        tail: begin with this many lines from the end of each log.
+        tail: begin with this many of the lines that are wanted, from the end of each log.
         grep: only lines that this regular expression is found in.
 
     Raises:
@@ -134,9 +134,10 @@ class _Reader:
         return "".join(self._read_one(prefix, path, flush) for prefix, path in self.sources().items())
 
     def _read_one(self, prefix: str, path: Path, flush: bool) -> str:
+        first = path not in self._offsets
         try:
             with path.open("rb") as file:
-                file.seek(self._offsets[path] if path in self._offsets else _start(path, self.tail))
+                file.seek(_start(path, None if self.pattern else self.tail) if first else self._offsets[path])
                 content = file.read()
                 self._offsets[path] = file.tell()
         except OSError:
@@ -149,6 +150,8 @@ class _Reader:
         if lines and not lines[-1].endswith("\n") and not flush:
             self._pending[path] = lines.pop()
         wanted = [line for line in lines if self.pattern is None or self.pattern.search(line)]
+        if first and self.tail:
+            wanted = wanted[-self.tail :]
         return "".join(prefix + line.rstrip("\n") + "\n" for line in wanted)
 
 
@@ -173,7 +176,7 @@ def _start(path: Path, tail: int | None) -> int:
 def print_log(run: Run, rank: int | None, attempt: int | None, forever: bool, **view: Any) -> None:
     """Print a run's log as :func:`follow` gives it, or what the job script said where it did not come to that."""
     if not forever and not list(run.path.glob("attempts/*/rank-*.log")) and (run.path / "job.log").exists():
-        sys.stdout.write((run.path / "job.log").read_text(errors="replace"))
+        sys.stdout.writelines(follow_job(run, False, view.get("tail"), view.get("grep", "")))
         return
     for text in follow(run, rank, attempt, forever, **view):
         sys.stdout.write(text)

@@ -144,6 +144,12 @@ class Network:
     nccl_ib_gid_index: int | None = None
     nccl_ib_disable: bool | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("interface", "nccl_ib_hca"):
+            value = getattr(self, name)
+            if value is not None and re.search(r"\s", value):
+                raise UserError(f"network.{name}: {value!r} holds a space; write names as `ip link` does, 'ib0,ib1'")
+
     def variables(self) -> dict[str, str]:
         """Return the environment variables."""
         found = {
@@ -422,6 +428,8 @@ def _values(name: str, above: tuple[str, ...]) -> dict[str, Any]:
     path = _find(name)
     content = typed_yaml.read(path)
     base = content.pop("extends", None)
+    if base is not None and not isinstance(base, str):
+        raise UserError(f"{path}: extends: must be the name of one profile, not {base!r}; write `extends: NAME`")
     if base in (*above, name):
         raise UserError(f"{path}: extends: '{base}' leads back to this profile; extend another, or copy what you need")
     try:

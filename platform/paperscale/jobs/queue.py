@@ -22,7 +22,7 @@ _WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED",
 _REASONS = {
     "Priority": "jobs of higher priority come first",
     "Resources": "waits for nodes to become free",
-    "BeginTime": "its earliest start has not come; a requeued job waits for about two minutes",
+    "BeginTime": "its earliest start has not come; a requeued job waits for a while first",
     "Dependency": "waits for the job that it comes after",
     "DependencyNeverSatisfied": "the job that it comes after has failed; cancel this one",
     "ReqNodeNotAvail": "a node that it needs is down, drained or reserved",

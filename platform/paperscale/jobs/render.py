@@ -6,6 +6,8 @@ import functools
 import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,8 +61,25 @@ def render(
             raise
         raise UserError(f"{', '.join(theirs)}: {error}; mend the template") from error
     first, newline, rest = text.partition("\n")
-    notes = "".join(f"# from your template {path}\n" for path in _users_templates(templates))
-    return first + newline + notes + rest
+    theirs = _users_templates(templates)
+    text = first + newline + "".join(f"# from your template {path}\n" for path in theirs) + rest
+    if theirs:
+        _check_syntax(text, theirs)
+    return text
+
+
+def _check_syntax(text: str, theirs: Sequence[str]) -> None:
+    """Let bash read the script, where there is one.
+
+    Raises:
+        UserError: it is no script; names bash's line and the user's templates.
+    """
+    if (bash := shutil.which("bash")) is None:
+        return
+    read = subprocess.run([bash, "-n"], input=text, capture_output=True, text=True)
+    if read.returncode:
+        said = " ".join(line.removeprefix("bash: ") for line in read.stderr.replace(f"{bash}: ", "").splitlines())
+        raise UserError(f"{', '.join(theirs)}: bash cannot read the script, {said}; mend the template")
 
 
 @functools.cache  # a sweep renders many scripts from the same templates
@@ -152,7 +171,7 @@ def options(info: RunInfo, profile: Profile, run_dir: Path, extra: Mapping[str, 
         **(extra or {}),
     }
     lines = [_option(name, value) for name, value in chosen.items() if value is not None]
-    return [*lines, *profile.sbatch]
+    return [*lines, *map(_passed_on, profile.sbatch)]
 
 
 def _gpus(profile: Profile, share: Share) -> dict[str, str | int | None]:
@@ -169,9 +188,21 @@ def _option(name: str, value: Any) -> str:
     text = str(value)
     if "\n" in text:
         raise UserError(f"--{name}={text!r}: sbatch reads an option from one line; remove the line break")
-    if not re.fullmatch(r"[\w@%+=:,./-]*", text, re.ASCII):  # a bare '#' would end the value without a word
-        text = '"' + re.sub(r'([\\"])', r"\\\1", text) + '"'
-    return f"--{name}={text}" if text else f"--{name}"
+    return f"--{name}={_quoted(text)}" if text else f"--{name}"
+
+
+def _quoted(text: str) -> str:
+    if re.fullmatch(r"[\w@%+=:,./-]*", text, re.ASCII):
+        return text
+    return '"' + re.sub(r'([\\"])', r"\\\1", text) + '"'  # a bare '#' would end the value without a word
+
+
+def _passed_on(line: str) -> str:
+    """Return an option of the profile's ``sbatch`` with its value quoted, unless the user has done so."""
+    match = re.fullmatch(r"(--[a-z][a-z0-9-]*[= ]|-[A-Za-z][= ]?)(.+)", line)
+    if not match or re.fullmatch(r"""'[^']*'|"(?:[^"\\]|\\.)*\"""", match[2]):
+        return line
+    return match[1] + _quoted(match[2])
 
 
 def log_pattern(path: Path) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from paperscale.jobs import queue
 from paperscale.jobs.run import Attempt, Run, RunInfo
-from paperscale.jobs.status import STALE_S, RunStatus, status
+from paperscale.jobs.status import STALE_S, RunStatus, status, time_left
 from paperscale.jobs.words import ago, clock, duration
 
 _ENDINGS = {
@@ -52,11 +52,11 @@ def report(run: Run, verify: bool = False, now: RunStatus | None = None) -> dict
         "attempt": len(attempts),
         "max_attempts": run.max_attempts,
         "attempts": [_attempt(attempt) for attempt in attempts],
-        **_progress(progress, live),
+        **_progress(run, progress, live),
         "heartbeats": _heartbeats(attempts, progress) if live or now.state == "unknown" else [],
         "slow_ranks": attempts[-1].stragglers if attempts else [],
         **_checkpoint(run, verify),
-        "excluded": run.excluded,
+        **_excluded(run, now),
         **_failure(run, now, attempts),
         "results": now.results,
         "wandb": {"id": info.wandb_id, "mode": _wandb_mode(run)},
@@ -110,12 +110,30 @@ def _attempt(attempt: Attempt) -> dict[str, Any]:
     }
 
 
-def _progress(progress: dict[str, Any], live: bool) -> dict[str, Any]:
+def _excluded(run: Run, now: RunStatus) -> dict[str, Any]:
+    """Return the nodes that are left out at present, each with until when, and how a job that waits gets them back."""
+    latest = {node["host"]: node for node in run.excluded}
+    if not latest:
+        return {"excluded": [], "lift": ""}
+    from paperscale.jobs.resume import EXCLUDED_S  # brings jinja
+
+    nodes = [{**node, "until": node["time"] + EXCLUDED_S} for node in latest.values()]
+    nodes = [node for node in nodes if node["until"] > time.time()]
+    waits = nodes and now.state == "queued" and run.info.engine == "slurm"
+    lift = (
+        f"to use them again, remove their lines from {run.path / 'excluded'}, "
+        f"then `scontrol update JobId={run.job} ExcNodeList=`"
+    )
+    return {"excluded": nodes, "lift": lift if waits else ""}
+
+
+def _progress(run: Run, progress: dict[str, Any], live: bool) -> dict[str, Any]:
     """Return where the training is; what is left counts from now on, and only while it runs."""
     if not progress:
         return {"step": None, "progress": {}, "eta_s": None, "stale": False}
     age = max(0.0, time.time() - progress["time"])
-    left = max(0.0, progress["eta_s"] - age) if live and progress["total_steps"] and progress["eta_s"] else None
+    estimate = time_left(run, progress) if live else None
+    left = None if estimate is None else max(0.0, estimate - age)
     return {
         "step": f"{progress['step']}/{progress['total_steps'] or '?'}",
         "progress": {**progress, "age_s": age},
@@ -125,7 +143,12 @@ def _progress(progress: dict[str, Any], live: bool) -> dict[str, Any]:
 
 
 def _heartbeats(attempts: list[Attempt], progress: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return when each node was last heard of: from its agent, or from rank 0 where there are no agents."""
+    """Return when each node was last heard of: from its agent, or from rank 0 where there are no agents.
+
+    Of an attempt that has ended nothing more is to be heard.
+    """
+    if attempts and attempts[-1].exit_code is not None:
+        return []
     agents = attempts[-1].nodes() if attempts else []
     if not agents and attempts and progress.get("attempt") == attempts[-1].number:
         agents = [{"node": 0, "host": attempts[-1].facts.get("host", ""), "time": progress["time"]}]
@@ -233,7 +256,10 @@ def lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield from _lines_of_nodes(facts)
     yield from _lines_of_checkpoint(facts)
     for node in facts["excluded"]:
-        yield "excluded", f"{node['host']}, {ago(node['time'])}: {node['reason']}"
+        why = f"{node['reason']}, until {clock(node['until'])}".removeprefix(", ")
+        yield "excluded", f"{node['host']} is left out ({why})"
+    if facts["lift"]:
+        yield "", facts["lift"]
     if facts["why"]:
         yield "why", facts["why"]
     if facts["log"]:
@@ -299,14 +325,27 @@ def _lines_of_progress(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _lines_of_nodes(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Say when each node was last heard of and what its ranks did, and which ranks hold up the others."""
+    """Say when each node was last heard of and what its ranks did, and which ranks hold up the others.
+
+    Nodes report seconds apart, ranks train in step: the step is told where the newest report is, and where a node
+    has fallen silent. A rank that has made no step in this attempt does not know the run's step yet.
+    """
+    attempts = facts["attempts"]
+    if attempts and attempts[-1]["exit_code"] is not None and facts["state"] in ("running", "unknown"):
+        yield "heartbeat", f"none: attempt {facts['attempt']} has ended and waits to be requeued"
+    knowing = [beat["time"] for beat in facts["heartbeats"] if any(rank["step"] for rank in beat["ranks"])]
     for index, beat in enumerate(facts["heartbeats"]):
-        doing = sorted({f"{rank['phase']} of step {rank['step'] + 1}" for rank in beat["ranks"]})
+        with_step = beat["stale"] or beat["time"] == max(knowing, default=None)
+        doing = sorted({_doing(rank, with_step) for rank in beat["ranks"]})
         text = f"{beat['host'] or 'rank 0'} {duration(beat['age_s'])} ago" + (f": {', '.join(doing)}" if doing else "")
         yield "heartbeat" if index == 0 else "", text + ("  STALE" if beat["stale"] else "")
     for slow in facts["slow_ranks"]:
         times = f"{slow['slower']:.1f} times" if slow.get("slower") else "behind"
         yield "slow rank", f"rank {slow['rank']} on {slow['host']}: {times} the others' {slow['what']}"
+
+
+def _doing(rank: dict[str, Any], with_step: bool) -> str:
+    return f"{rank['phase']} of step {rank['step'] + 1}" if with_step and rank["step"] else str(rank["phase"])
 
 
 def _lines_of_checkpoint(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -36,7 +36,8 @@ from typing import Any
 from paperscale.errors import BAD_NODE, FINISHED, HUNG, LOST, REQUEUE, UserError, nearest
 
 _CAUSES = {FINISHED: "finished", REQUEUE: "signal", LOST: "lost", HUNG: "hang", BAD_NODE: "bad-node"}
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+LONGEST_NAME = 100
+_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST_NAME - 1}}}")
 
 
 @dataclass(frozen=True)
@@ -361,8 +362,10 @@ def check_name(name: str) -> str:
     Raises:
         UserError: it has characters that a shell, a file system or SLURM would stumble over.
     """
+    if len(name) > LONGEST_NAME:
+        raise UserError(f"--name: {len(name)} letters, a name has at most {LONGEST_NAME}; shorten it")
     if not _NAME.fullmatch(name):
-        better = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:100] or "my-run"
+        better = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:LONGEST_NAME] or "my-run"
         raise UserError(f"run name {name!r}: use letters, digits, '.', '_' and '-', for example --name {better}")
     return name
 

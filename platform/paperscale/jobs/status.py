@@ -21,6 +21,8 @@ Asked = Callable[[Collection[str], Collection[int]], dict[str, JobState]]
 
 LIVE = ("running", "queued", "unknown")
 STATES = ("running", "queued", "finished", "stopped", "failed", "cancelled", "unknown")
+TIMED_STEPS = 5
+"""Steps of an attempt before what is left is estimated: the first are slow, or the only ones to be slow."""
 STALE_S = 30.0
 """Seconds after which a running job's last sign of life is worth a remark: agents and ranks give one every five."""
 
@@ -130,13 +132,15 @@ def _state(facts: Facts, job: JobState | None) -> RunStatus:
     run, progress, results = facts.run, facts.progress, facts.results
     if results:
         return RunStatus("finished", "", progress, results)
+    if job and job.slurm == "COMPLETING" and run.cancelled:
+        return RunStatus("cancelled", f"by `{run.cancelled_by}`, its nodes are being released", progress, results, job)
     if job and job.state in ("running", "queued"):
-        return RunStatus(job.state, job.detail, progress, results, job)
+        return RunStatus(job.state, job.detail + _mark(run), progress, results, job)
     attempts = run.attempts()
-    if job and job.state == "unknown" and not _is_over(run, attempts):
+    if job and job.state == "unknown" and not _is_over(run, attempts, progress):
         seen = last_sign(run, attempts, progress)
         detail = f"{job.detail}; last sign of life {ago(seen)}" if seen else job.detail
-        return RunStatus("unknown", detail, progress, results, job)
+        return RunStatus("unknown", detail + _mark(run), progress, results, job)
     if facts.info.engine != "slurm" and (host := _alive_elsewhere(run, attempts, progress)):
         return RunStatus("running", f"on {host}", progress, results, job)
     state, detail = _ending(run, attempts)
@@ -152,8 +156,15 @@ def _alive_elsewhere(run: Run, attempts: list[Attempt], progress: dict[str, Any]
     return host if fresh and host != socket.gethostname() else ""
 
 
-def _is_over(run: Run, attempts: list[Attempt]) -> bool:
+def _mark(run: Run) -> str:
+    """Return the word that a run which is alive is marked as cancelled; empty if it is not."""
+    return f"; marked as cancelled by `{run.cancelled_by}`" if run.cancelled else ""
+
+
+def _is_over(run: Run, attempts: list[Attempt], progress: dict[str, Any]) -> bool:
     """Return whether the directory alone says that nothing more will come, with no job submitted since."""
+    if run.cancel_taken and time.time() - last_sign(run, attempts, progress) > STALE_S:
+        return True
     code = attempts[-1].exit_code if attempts else None
     if code is None or not (run.cancelled or _failed(code)):
         return False
@@ -187,6 +198,16 @@ def last_sign(run: Run, attempts: list[Attempt], progress: dict[str, Any]) -> fl
     return max([progress.get("time", 0.0), *agents])
 
 
+def time_left(run: Run, progress: dict[str, Any]) -> float | None:
+    """Return the seconds left as of ``progress.json``; ``None`` before enough steps of the attempt were timed."""
+    attempts = run.attempts()
+    if not attempts or not progress.get("total_steps") or not progress.get("eta_s"):
+        return None
+    begun = str(attempts[-1].facts.get("resumed_from") or "").removeprefix("step-")
+    timed = progress["step"] - (int(begun) if begun.isdigit() else 0)
+    return float(progress["eta_s"]) if timed >= TIMED_STEPS else None
+
+
 def cancel(run: Run, now: RunStatus | None = None) -> str:
     """End a run for good.
 
@@ -211,6 +232,7 @@ def cancel(run: Run, now: RunStatus | None = None) -> str:
     if now.job and now.job.state == "gone":
         return f"{run.name} runs {now.detail}: it is marked as cancelled, which ends it at its next step"
     ENGINES[run.info.engine].cancel(run)
+    run.note_cancel_taken()
     return ""
 
 

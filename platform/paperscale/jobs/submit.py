@@ -156,17 +156,6 @@ def resolve(arguments: RecipeArguments, world_size: int = 1) -> str:
     return validated.recipe
 
 
-def check_keys(arguments: RecipeArguments) -> None:
-    """Check the recipe without its data: a dry run needs none.
-
-    Raises:
-        UserError: a key, a class or a value is wrong.
-    """
-    from paperscale.training.recipe import RecipeCLI
-
-    RecipeCLI(arguments.to_cli(), build=False)
-
-
 def submit(
     arguments: RecipeArguments, shape: Shape, name: str | None, dry_run: bool, command: str, turn: Turn | None = None
 ) -> Run | str:
@@ -179,7 +168,7 @@ def submit(
     options = turn.options(profile)
     info = new_info(arguments.recipe.stem, name, profile, command, turn)
     if dry_run:
-        check_keys(arguments)
+        say(Validator(Place.of(profile), with_data=False)(arguments).warnings)
         return render(info, profile, options)
     ENGINES[profile.engine].check(profile, info)
     validated = Validator(Place.of(profile))(arguments)

@@ -10,10 +10,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import re
 import shlex
 import shutil
-from collections.abc import Iterator, Sequence
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,22 +28,20 @@ from paperscale.jobs.engines import ENGINES, sbatch, scancel
 from paperscale.jobs.facts import Cluster
 from paperscale.jobs.profile import Profile
 from paperscale.jobs.render import log_pattern, render
-from paperscale.jobs.run import Run, RunInfo, create, free_name, refuse_taken, runs_dir
-from paperscale.jobs.submit import Options, Shape, Turn, check_keys, new_info, say
+from paperscale.jobs.run import LONGEST_NAME, Run, RunInfo, create, free_name, refuse_taken, runs_dir
+from paperscale.jobs.submit import Options, Shape, Turn, new_info, say
 from paperscale.jobs.turns import start_queue
-from paperscale.jobs.validation import Place, Validated, Validator
+from paperscale.jobs.validation import SEED, Place, Validated, Validator, Values, validate_all
 from paperscale.recipes import RecipeArguments
 from paperscale.tracking.identity import new_id
 
 _KEY = re.compile(r"-{0,2}([A-Za-z_][\w.]*)=(.+)", re.DOTALL)
 _RANGE = re.compile(r"range\(\s*(-?\d+)\s*(?:,\s*(-?\d+)\s*)?(?:,\s*(-?\d+)\s*)?\)")
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,15}")
-_SHORT = {"seed_everything": "seed"}
-_LONGEST_NAME = 100
+_SHORT = {SEED: "seed"}
 _MOST_RUNS = 10_000
 _USUAL_ARRAY = 1001  # SLURM's own default
-
-Values = tuple[tuple[str, str], ...]
+_WORTH_SHOWING = 50  # runs
 
 
 @dataclass(frozen=True)
@@ -80,19 +81,23 @@ def combinations(sweeps: Sequence[str]) -> list[Values]:
         if match[1] in keys:
             raise UserError(f"--sweep {match[1]} is given twice; write all of its values into one list")
         keys[match[1]] = _values(match[1], match[2].strip())
-    total = 1
-    for values in keys.values():
-        total *= len(values)
-    if total > _MOST_RUNS:
-        raise UserError(f"--sweep: {total:,} runs, at most {_MOST_RUNS:,} go into one; give fewer values")
+    _refuse_many(math.prod(map(len, keys.values())))
     return [tuple(zip(keys, values, strict=True)) for values in itertools.product(*keys.values())]
+
+
+def _refuse_many(count: int) -> None:
+    if count > _MOST_RUNS:
+        raise UserError(f"--sweep: {count:,} runs, at most {_MOST_RUNS:,} go into one; give fewer values")
 
 
 def _values(key: str, text: str) -> list[str]:
     """Return the values of one key."""
     if numbers := _RANGE.fullmatch(text):
         bounds = [int(number) for number in numbers.groups() if number is not None]
-        values = [str(number) for number in range(*bounds)] if bounds[2:] != [0] else []
+        listed_numbers = range(*bounds) if bounds[2:] != [0] else range(0)
+        if listed_numbers:  # len() of a range ends at 2**63
+            _refuse_many((listed_numbers[-1] - listed_numbers[0]) // listed_numbers.step + 1)
+        values = [str(number) for number in listed_numbers]
     else:
         listed = text if text.startswith("[") else f"[{text}]"
         try:
@@ -104,7 +109,8 @@ def _values(key: str, text: str) -> list[str]:
         values = [listed[part.start_mark.index : part.end_mark.index].strip() for part in node.value]
     if not values:
         raise UserError(f"--sweep {key}: there is no value in {text!r}; write --sweep '{key}=[1, 2]'")
-    if twice := next((value for value in values if values.count(value) > 1), None):
+    _refuse_many(len(values))
+    if twice := next((value for value, count in Counter(values).items() if count > 1), None):
         raise UserError(f"--sweep {key}: the value {twice} comes twice; leave one out")
     return values
 
@@ -113,7 +119,7 @@ def names(base: str, chosen: Sequence[Values]) -> list[str]:
     """Return a name for each combination: its values, or its number where they make no good name."""
     found = [base + "".join(f"-{_label(key)}{value}" for key, value in values) for values in chosen]
     plain = all(_PLAIN.fullmatch(value) for values in chosen for _, value in values)
-    if plain and len(set(found)) == len(found) and max(map(len, found)) <= _LONGEST_NAME:
+    if plain and len(set(found)) == len(found) and max(map(len, found)) <= LONGEST_NAME:
         return found
     digits = len(str(len(chosen)))
     return [f"{base}-{number:0{digits}d}" for number in range(1, len(chosen) + 1)]
@@ -211,19 +217,17 @@ def submit_sweep(
     Raises:
         UserError: anything is wrong with any combination; nothing has been queued and no directory is left.
     """
-    plan = _plan(arguments, shape, name, command, combinations(sweeps), at_most, turn or Turn())
-    recipes = [replace(arguments, overrides=(*arguments.overrides, *values)) for values in plan.chosen]
-    if dry_run:
-        for recipe, values in zip(recipes, plan.chosen, strict=True):
-            with _naming(values):
-                check_keys(recipe)
-        return plan.dry_run()
+    chosen = combinations(sweeps)
+    _refuse_twice(arguments, chosen[0])
+    plan = _plan(arguments, shape, name, command, chosen, at_most, turn or Turn())
     profile = plan.profile
-    ENGINES[profile.engine].check(profile, plan.infos[0])
-    validator, validated = Validator(Place.of(profile)), []
-    for recipe, values in zip(recipes, plan.chosen, strict=True):
-        with _naming(values):
-            validated.append(validator(recipe))
+    if not dry_run:
+        ENGINES[profile.engine].check(profile, plan.infos[0])
+    validated = _check_all(plan, arguments, with_data=not dry_run)
+    warnings = dict.fromkeys(warning for checked in validated for warning in checked.warnings)
+    if dry_run:
+        say(warnings)
+        return plan.dry_run()
     with _new_runs(plan, validated) as runs:
         for run, info, checked in zip(runs, plan.infos, validated, strict=True):
             run.script.write_text(render(info, profile, mounts=checked.data))
@@ -232,8 +236,43 @@ def submit_sweep(
         else:
             start_queue(runs, plan.at_most or 1, plan.turn.waits_for(profile))
             jobs = []
-    say(validated[-1].warnings)
+    say(warnings)
     return Sweep(plan.group, tuple(runs), tuple(jobs), plan.at_most)
+
+
+def _check_all(plan: Plan, arguments: RecipeArguments, with_data: bool) -> list[Validated]:
+    """Check the recipe with each combination of values."""
+    validator = Validator(Place.of(plan.profile), with_data=with_data)
+
+    def check(values: Values) -> Validated:
+        with _naming(values):
+            return validator(replace(arguments, overrides=(*arguments.overrides, *values)))
+
+    return list(validate_all(check, _showing("checking", plan.chosen)))
+
+
+def _refuse_twice(arguments: RecipeArguments, values: Values) -> None:
+    """Refuse a key that is swept and set, or swept under both of its names."""
+    set_here = {_key(key): f"{key}={value}" for key, value in arguments.overrides}
+    seen = dict[str, str]()
+    for key, _ in values:
+        if other := set_here.get(_key(key)) or seen.get(_key(key)):
+            raise UserError(f"--sweep {key} and {other} set the same key; leave one of the two out")
+        seen[_key(key)] = f"--sweep {key}"
+
+
+def _key(key: str) -> str:
+    return key.rstrip("+").replace(".init_args.", ".")
+
+
+def _showing(what: str, chosen: Sequence[Values]) -> Iterable[Values]:
+    """Return the combinations; a terminal shows how far they are gone through, where they are many."""
+    if len(chosen) < _WORTH_SHOWING or not sys.stderr.isatty():
+        return chosen
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(chosen, f"{what} {len(chosen):,} runs", console=Console(stderr=True), transient=True)
 
 
 def _plan(
@@ -255,8 +294,12 @@ def _plan(
     profile, recipe = shape.profile(), arguments.recipe.stem
     turn.options(profile)  # a run to come after that is not there is the first thing to say
     group = name or free_name(f"{recipe}-sweep")
+    if (runs_dir() / group / "sweep.json").exists():
+        raise UserError(f"sweep '{group}' exists: `paperscale runs --group {group}` lists it; choose another --name")
     refuse_taken(group)
-    first, *others = names(group, chosen)
+    first, *others = found = names(group, chosen)
+    if (longest := max(map(len, found))) > LONGEST_NAME:
+        raise UserError(f"--name {group}: its runs' names have {longest} letters, at most {LONGEST_NAME}; shorten it")
     info = new_info(recipe, first, profile, command, turn, group)
     for other in others:
         refuse_taken(other)
@@ -282,7 +325,7 @@ def _new_runs(plan: Plan, validated: list[Validated]) -> Iterator[list[Run]]:
     """Create the runs with one copy of the code, and the group's folder; leave nothing if no jobs come of it."""
     runs, warning = list[Run](), ""
     try:
-        for info, checked in zip(plan.infos, validated, strict=True):
+        for info, checked, _ in zip(plan.infos, validated, _showing("writing", plan.chosen), strict=True):
             runs.append(create(info, checked.recipe))
             code = runs[-1].path / "code"
             if len(runs) > 1:

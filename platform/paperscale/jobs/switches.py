@@ -41,6 +41,12 @@ def save(run: Run, timeout_s: float, say: Callable[[str], None]) -> str:
         for state in _wait(run, timeout_s, say):
             if newest(run) > before:
                 return newest(run)
+            if _attempt_ended(run) and state.state in LIVE and newest(run) == before:
+                last = run.attempts()[-1]
+                raise UserError(
+                    f"run '{run.name}': attempt {last.number} has ended ({last.cause}), nothing trains at the moment; "
+                    f"try again once `paperscale status {run.name}` shows the next attempt"
+                )
             if state.state not in LIVE:
                 raise UserError(
                     f"run '{run.name}' is {state.state} ({state.detail}) and has written no checkpoint since; "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,12 @@ from paperscale.recipes import RecipeArguments
 _OWN_PROCESSES = ("spawn", "fork", "notebook")
 _PRECISIONS = {"16-mixed": "bf16-mixed", "16": "bf16-mixed", "16-true": "bf16-true"}
 _ON_GPU = ("gpu", "cuda")
+_WRITTEN_FRACTION = re.compile(r"[-+]?(?=.*[.eE])(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_WHOLE = re.compile(r"0|[1-9]\d{0,8}")
+_FRACTION = re.compile(r"(\s*\w+: )-?(\d+\.\d*(e[-+]?\d+)?|\d+e[-+]?\d+)\n")  # as it is written into a resolved recipe
+SEED = "seed_everything"
+
+Values = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -79,10 +87,11 @@ class Validator:
         place: where they are to run.
         without_memory: build models without their weights. Only for a process that does not train afterwards: a
             user's module may keep such a tensor.
+        with_data: refuse a recipe whose shards are missing; without it, what needs them is left out if they are.
     """
 
-    def __init__(self, place: Place, without_memory: bool = True):
-        self.place, self.without_memory = place, without_memory
+    def __init__(self, place: Place, without_memory: bool = True, with_data: bool = True):
+        self.place, self.without_memory, self.with_data = place, without_memory, with_data
         self._done: set[str] = set()
         self._warnings: dict[str, None] = {}
 
@@ -131,7 +140,7 @@ class Validator:
 
     def _check_data(self, cli: Any) -> None:
         """Check the shards and the division of the batch over the processes."""
-        if self._new(("data", _without_floats(cli.config.data.as_dict()))):
+        if self.with_data and self._new(("data", _without_floats(cli.config.data.as_dict()))):
             cli.datamodule.check()
         try:
             cli.datamodule.accumulate(self.place.world_size)
@@ -165,7 +174,12 @@ class Validator:
             return
         from paperscale.training.estimate import estimate, gib
 
-        found = estimate(cli, self.place.world_size)
+        try:
+            found = estimate(cli, self.place.world_size)
+        except UserError:
+            if self.with_data:
+                raise
+            return  # without shards there is no batch to look at
         if found.certain > memory:
             raise UserError(
                 f"parameters, gradients and optimizer state take {gib(found.certain)} of a GPU's {gib(memory)}: this "
@@ -176,6 +190,86 @@ class Validator:
                 f"training will take about {gib(found.total)} of a GPU's {gib(memory)}, {gib(found.activations or 0)} "
                 f"of it for {found.samples} samples a pass: set data.micro_batch_size below {found.samples}"
             ] = None
+
+
+class Alike:
+    """Recipes that differ in the values of some keys; those of fractions and the seed are not parsed in every product.
+
+    Each value is checked with the others at their first. Where it changes one line of the resolved recipe, from one
+    fraction to another, that line is put into the other recipes as it is; where not, those are checked wholly.
+
+    Args:
+        check: checks a recipe with these values wholly.
+        first: the values that others are compared with.
+    """
+
+    def __init__(self, check: Callable[[Values], Validated], first: Values):
+        self.check, self.first = check, first
+        self.base = check(first)
+        self.lines = self.base.recipe.splitlines(keepends=True)
+        self._changes: dict[tuple[str, str], tuple[int, str] | None] = {}
+        self._checked = {first: self.base}
+
+    def __call__(self, values: Values) -> Validated:
+        """Return the recipe with these values.
+
+        Raises:
+            UserError: it is wrong.
+        """
+        changes = [self._change(pair) for pair in values if pair not in self.first]
+        if values in self._checked:
+            return self._checked[values]
+        places = {change[0] for change in changes if change}
+        if len(places) < len(changes):
+            return self.check(values)
+        lines = self.lines.copy()
+        for place, line in filter(None, changes):
+            lines[place] = line
+        return replace(self.base, recipe="".join(lines))
+
+    def _change(self, pair: tuple[str, str]) -> tuple[int, str] | None:
+        """Return the line that a value changes, and what it becomes; ``None`` where it changes anything else."""
+        if pair not in self._changes:
+            self._changes[pair] = self._seed(pair) or self._fraction(pair)
+        return self._changes[pair]
+
+    def _seed(self, pair: tuple[str, str]) -> tuple[int, str] | None:
+        before = f"{SEED}: {dict(self.first).get(SEED)}\n"
+        if pair[0] != SEED or not _WHOLE.fullmatch(pair[1]) or self.lines.count(before) != 1:
+            return None
+        return self.lines.index(before), f"{SEED}: {pair[1]}\n"
+
+    def _fraction(self, pair: tuple[str, str]) -> tuple[int, str] | None:
+        values = tuple(pair if pair[0] == key else (key, value) for key, value in self.first)
+        self._checked[values] = self.check(values)
+        lines = self._checked[values].recipe.splitlines(keepends=True)
+        changed = [place for place, (old, new) in enumerate(zip(self.lines, lines, strict=False)) if old != new]
+        if len(lines) != len(self.lines) or len(changed) != 1:
+            return None
+        old, new = _FRACTION.fullmatch(self.lines[changed[0]]), _FRACTION.fullmatch(lines[changed[0]])
+        return (changed[0], lines[changed[0]]) if old and new and old[1] == new[1] else None
+
+
+def validate_all(check: Callable[[Values], Validated], chosen: Iterable[Values]) -> Iterator[Validated]:
+    """Yield each recipe of a sweep, checked; see :class:`Alike`.
+
+    Args:
+        check: checks a recipe with these values wholly.
+        chosen: the values of each, in the order of their product.
+
+    Raises:
+        UserError: one is wrong.
+    """
+    alike: dict[Values, Alike] = {}
+    for values in chosen:
+        apart = tuple(pair for pair in values if not _free(*pair))
+        if apart not in alike:
+            alike[apart] = Alike(check, values)
+        yield alike[apart](values)
+
+
+def _free(key: str, value: str) -> bool:
+    return bool((_WHOLE if key == SEED else _WRITTEN_FRACTION).fullmatch(value))
 
 
 def check_trainer(trainer: Any, place: Place) -> None:
@@ -189,6 +283,12 @@ def check_trainer(trainer: Any, place: Place) -> None:
             "trainer.devices and trainer.num_nodes are the job's: "
             "use --nodes and --procs-per-node of `paperscale submit`"
         )
+    for name in ("max_steps", "max_epochs"):
+        value = getattr(trainer, name)
+        if value is not None and (value == 0 or value < -1):
+            raise UserError(
+                f"trainer.{name}={value}: nothing would be trained; use a number of at least 1, or -1 for no limit"
+            )
     check_strategy(trainer.strategy, place.world_size)
     _check_accelerator(trainer.accelerator, place)
     on_gpu = bool(place.gpus_per_node) and trainer.accelerator != "cpu"

@@ -24,7 +24,7 @@ from paperscale.jobs.logs import follow
 from paperscale.jobs.queue import JobState
 from paperscale.jobs.report import lines, report
 from paperscale.jobs.run import Run, dated_runs
-from paperscale.jobs.status import LIVE, Facts, RunStatus, read_all, statuses
+from paperscale.jobs.status import LIVE, Facts, RunStatus, read_all, statuses, time_left
 from paperscale.jobs.words import COLOURS, ago, curve, duration
 from paperscale.tracking.metrics import read_metrics
 
@@ -33,8 +33,9 @@ ASK_S = 10.0
 """Seconds between questions to SLURM: everybody's controller is the same one."""
 
 _METRICS_BYTES = 4 << 20  # of the end of metrics.jsonl that the curve is drawn from
-_SNAPSHOT_WIDTH = 120
+_PLAIN_LOG = 10  # lines of the log where the output is not a terminal
 _HEAD = ("run", "state", "", "step", "loss", "samples/s", "left", "last sign")
+_NO_RUN = "no run is alive; `paperscale runs` lists all"
 
 
 class View:
@@ -51,14 +52,35 @@ class View:
 
     def show(self, width: int, height: int) -> RenderableType:
         """Return the screen: one run in detail, or a table of several."""
-        facts = read_all(self.chosen or self._candidates())
-        found = list(zip(facts, statuses(facts, self._ask), strict=True))
+        found = self.found()
         if len(self.chosen) == 1 and found:
             return detail(found[0][0].run, found[0][1], width, height)
+        return table(found, height)
+
+    def plain(self) -> Iterator[str]:
+        """Yield the same as lines for other programs: tabs between the columns, nothing drawn."""
+        found = self.found()
+        if len(self.chosen) == 1 and found:
+            run, now = found[0][0].run, found[0][1]
+            yield from (f"{name:14} {value}" for name, value in lines(report(run, now=now)))
+            title, _ = _losses(run)
+            yield from [title] if title else []
+            title, log = _log(run, _PLAIN_LOG)
+            yield from [title, *log] if title else []
+        elif found:
+            yield "\t".join(name for name in _HEAD if name)
+            yield from ("\t".join(_cells(facts, now)) for facts, now in found)
+        else:
+            yield _NO_RUN
+
+    def found(self) -> list[tuple[Facts, RunStatus]]:
+        """Return the runs with their states."""
+        facts = read_all(self.chosen or self._candidates())
+        found = list(zip(facts, statuses(facts, self._ask), strict=True))
         if not self.chosen:
             self._over |= {f.run.name for f, now in found if now.state == "finished"}
             found = [(f, now) for f, now in found if now.state in LIVE]
-        return table(found, height)
+        return found
 
     def _candidates(self) -> list[Run]:
         """Return the runs that may be alive: a finished one stays so, and is not read again."""
@@ -76,9 +98,11 @@ class View:
 def watch(chosen: Sequence[Run], once: bool) -> None:
     """Show runs until ``q`` or Ctrl-C; where the output is not a terminal, or with ``once``, as they are now."""
     view, console = View(chosen), Console()
-    if once or not console.is_terminal:
-        if not console.is_terminal:
-            console = Console(width=_SNAPSHOT_WIDTH)
+    if not sys.stdout.isatty():
+        for line in view.plain():
+            print(line)
+        return
+    if once:
         console.print(view.show(console.width, console.height))
         return
     screen = _Screen(view, console)
@@ -133,7 +157,7 @@ def _keys() -> Iterator[Callable[[float], str]]:
 def table(found: Sequence[tuple[Facts, RunStatus]], height: int) -> RenderableType:
     """Return the runs, one a line."""
     if not found:
-        return Text("no run is alive; `paperscale runs` lists all")
+        return Text(_NO_RUN)
     rows = Table(box=None, pad_edge=False)
     for name in _HEAD:
         rows.add_column(name, overflow="fold", no_wrap=name not in ("run", "last sign"))
@@ -145,22 +169,26 @@ def table(found: Sequence[tuple[Facts, RunStatus]], height: int) -> RenderableTy
 
 
 def _row(facts: Facts, now: RunStatus) -> list[RenderableType]:
-    progress, total = now.progress, now.progress.get("total_steps")
-    state = Text(now.state, style=COLOURS[now.state])
+    total = now.progress.get("total_steps")
+    bar: RenderableType = ProgressBar(total, now.progress["step"], width=20) if total else ""
+    name, state, *others, sign = _cells(facts, now)
+    last = sign if now.progress else Text(sign, style="dim")
+    return [escape(name), Text(state, style=COLOURS[state]), bar, *others, last]
+
+
+def _cells(facts: Facts, now: RunStatus) -> list[str]:
+    """Return a row's text, without the bar."""
+    progress = now.progress
     if not progress:
-        return [escape(facts.run.name), state, "", "-", "-", "-", "-", Text(now.detail, style="dim")]
-    bar: RenderableType = ProgressBar(total or None, progress["step"], width=20) if total else ""
-    left = duration(progress["eta_s"]) if now.state == "running" and progress["eta_s"] else "-"
-    loss = "-" if progress["loss"] is None else f"{progress['loss']:.4f}"
-    rate = f"{progress['samples_per_s']:,.0f}"
+        return [facts.run.name, now.state, "-", "-", "-", "-", now.detail]
+    left = time_left(facts.run, progress) if now.state == "running" else None
     return [
-        escape(facts.run.name),
-        state,
-        bar,
-        f"{progress['step']}/{total or '?'}",
-        loss,
-        rate,
-        left,
+        facts.run.name,
+        now.state,
+        f"{progress['step']}/{progress['total_steps'] or '?'}",
+        "-" if progress["loss"] is None else f"{progress['loss']:.4f}",
+        f"{progress['samples_per_s']:,.0f}",
+        "-" if left is None else duration(left),
         ago(progress["time"]),
     ]
 
@@ -181,23 +209,38 @@ def detail(run: Run, now: RunStatus, width: int, height: int) -> RenderableType:
     return Group(*parts)
 
 
-def _curve_of_loss(run: Run, width: int, height: int) -> list[RenderableType]:
+def _losses(run: Run) -> tuple[str, list[float]]:
+    """Return the losses that were logged last, and a title for them; empty where there is no curve to draw."""
     rows = [row for row in read_metrics(run.metrics, _METRICS_BYTES) if row.get("train/loss") is not None]
     values = [float(row["train/loss"]) for row in rows]
-    drawn = curve(values, width, height)
-    if len(values) < 2 or not drawn:
+    finite = [value for value in values if math.isfinite(value)]
+    if len(values) < 2 or not finite:
+        return "", []
+    span = f"steps {rows[0]['step']} to {rows[-1]['step']}"
+    return f"loss, {span}: last {values[-1]:.4f}, least {min(finite):.4f}", values
+
+
+def _curve_of_loss(run: Run, width: int, height: int) -> list[RenderableType]:
+    title, values = _losses(run)
+    if not title:
         return []
-    least = min(value for value in values if math.isfinite(value))
-    title = f"loss, steps {rows[0]['step']} to {rows[-1]['step']}: last {values[-1]:.4f}, least {least:.4f}"
+    drawn = curve(values, width, height)
     return ["", Text(title, style="dim"), Text("\n".join(drawn), style="cyan", no_wrap=True)]
 
 
-def _end_of_log(run: Run, width: int, height: int) -> list[RenderableType]:
+def _log(run: Run, height: int) -> tuple[str, list[str]]:
+    """Return the end of the log of the rank that matters, and a title for it; empty where there is none yet."""
     attempts = run.attempts()
     rank = attempts[-1].first_rank if attempts else 0
     if not attempts or not attempts[-1].log(rank).exists():
-        return []
+        return "", []
     text = "".join(follow(run, rank, None, False, tail=height))
     kept: deque[str] = deque(text.splitlines(), maxlen=height)
-    title = Text(f"log of rank {rank}, attempt {attempts[-1].number}", style="dim")
-    return ["", title, *(Text(line[: width - 1], no_wrap=True) for line in kept)]
+    return f"log of rank {rank}, attempt {attempts[-1].number}", list(kept)
+
+
+def _end_of_log(run: Run, width: int, height: int) -> list[RenderableType]:
+    title, kept = _log(run, height)
+    if not title:
+        return []
+    return ["", Text(title, style="dim"), *(Text(line[: width - 1], no_wrap=True) for line in kept)]

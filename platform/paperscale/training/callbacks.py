@@ -283,6 +283,9 @@ class GlobalMetrics(Callback):
             pl_module.log = log  # type: ignore[method-assign]
 
 
+_TIMED_STEPS = 5  # before a time left is told: the first steps are slow
+
+
 class ProgressReport(Callback):
     """Writes ``progress.json`` every second and prints a line now and then (rank 0).
 
@@ -347,7 +350,8 @@ class ProgressReport(Callback):
         estimate = trainer.estimated_stepping_batches
         total = 0 if estimate == float("inf") else int(estimate)  # batches cut by tokens: not known beforehand
         steps = trainer.global_step - self._first_step
-        left = (total - trainer.global_step) * self.trained_seconds / steps if steps and total else 0
+        timed = steps >= _TIMED_STEPS and total  # the first steps are slow
+        left = (total - trainer.global_step) * self.trained_seconds / steps if timed else None
         return {
             "attempt": self.attempt,
             "step": trainer.global_step,
@@ -356,7 +360,7 @@ class ProgressReport(Callback):
             "consumed": datamodule(trainer).consumed,
             "loss": None if loss is None else float(loss),
             "samples_per_s": round(self.samples_per_s, 1),
-            "eta_s": round(left),
+            "eta_s": None if left is None else round(left),
             "time": time.time(),
         }
 
@@ -375,7 +379,7 @@ class ProgressReport(Callback):
         loss = "" if f["loss"] is None else f"  loss {f['loss']:.4f}"
         return (
             f"step {f['step']}/{f['total_steps'] or '?'}  epoch {f['epoch']}  sample {f['consumed']:,}{loss}"
-            f"  {f['samples_per_s']:,.0f} samples/s  {f['eta_s']} s left"
+            f"  {f['samples_per_s']:,.0f} samples/s" + ("" if f["eta_s"] is None else f"  {f['eta_s']} s left")
         )
 
 

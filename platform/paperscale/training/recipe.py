@@ -152,15 +152,28 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
         owner = f"{classes[-1]}: " if classes else ""
         return f"{of}{owner}{causes[0]}"
     kinds = list(dict.fromkeys(re.findall(r"Expected an? <class '([\w.]+)'>", message)))
-    given = re.findall(r"Given value: (.+)", message)
-    if keys and kinds:
+    given = re.findall(r"(?:Given|Got) value: (.+)", message)
+    choices = _choices(message)
+    if keys and (kinds or choices):
         nested = re.match(r"NestedArg\(key='(.*)', val='(.*)'\)", given[-1] if given else "")
         key = f"{keys[0]}.{nested[1]}" if nested else keys[-1]
         value = nested[2] if nested else given[-1] if given else ""
+        if choices:
+            return f"{key}: '{value}' is none of {', '.join(choices)}{nearest(value, choices) or '; use one'}"
         if nested:
             kinds = [kind for kind in kinds if kind != "NoneType"] or kinds
         return f"{key}: expected {' or '.join(kinds)}, got '{value}'"
     return " ".join(message.split())[:400]
+
+
+def _choices(message: str) -> list[str]:
+    """Return the words that a value is one of, where a parser's complaint lists them and takes nothing else."""
+    innermost = message.rpartition("Parser key")[2]
+    subtypes = "".join(re.findall(r"(?:Subtypes:|Expected an?) (.+)", innermost)[:1])
+    if set(re.findall(r"<class '([\w.]+)'>", subtypes)) - {"NoneType"}:
+        return []
+    listed = re.findall(r"typing\.Literal\[(.*?)\]", subtypes)
+    return list(dict.fromkeys(word.strip(" '\"") for words in listed for word in words.split(",")))
 
 
 def _causes(message: str) -> list[str]:
