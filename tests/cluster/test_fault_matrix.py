@@ -208,8 +208,9 @@ def test_the_controller_is_away_while_the_job_runs(submit, whole):
 @pytest.mark.slow
 def test_the_controller_is_away_when_the_job_wants_to_be_run_again(submit, whole):
     """The script keeps the allocation and asks until it is heard."""
-    run = submit("unheard", NO_WANDB, callbacks=(SLOWLY,))
-    at_least(run, 6)
+    slowly = callback("Slowly", seconds=1.0, first="true")
+    run = submit("unheard", NO_WANDB, "checkpoint.every_n_steps=1", callbacks=(slowly,))
+    at_least(run, 2)
     devcluster("ctld", "restart")
     devcluster("ctld", "kill")
     since = time.time()
