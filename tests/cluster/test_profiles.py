@@ -140,7 +140,7 @@ def level(profile: Profile) -> dict[str, str]:
     return {finding.name: f"{finding.level} {finding.found}; {finding.fix}" for finding in check(profile)}
 
 
-def test_a_right_profile_is_all_ok(capsys):
+def test_a_right_profile_is_all_ok(capsys, shared_python):
     assert main(["cluster", "check", "slurm-dev", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {finding["level"] for finding in found} == {"OK"}
@@ -190,7 +190,7 @@ def test_nodes_must_have_all_that_is_asked_for_together():
     assert problems(dataclasses.replace(asked, node=Node(gpus=8, gpu_type="h100")), cluster=cluster) == []
 
 
-def test_init_proposes_a_profile_that_its_own_check_accepts(tmp_path, monkeypatch, capsys):
+def test_init_proposes_a_profile_that_its_own_check_accepts(tmp_path, monkeypatch, capsys, shared_python):
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     assert main(["cluster", "init", "here"]) == 0

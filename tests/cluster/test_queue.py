@@ -99,6 +99,7 @@ def test_cancel_with_the_controller_away_sets_the_mark_and_says_so(controller_aw
 
 
 @pytest.mark.slurm
+@pytest.mark.slow
 def test_a_run_on_two_nodes_is_seen_saved_and_ended(submit_tiny, capsys):  # noqa: F811
     slowly = (callback("Slowly", seconds=0.5),)
     run = submit_tiny("two", "tracking.enabled=false", cluster="slurm-dev", nodes=2, procs_per_node=1, callbacks=slowly)
@@ -133,7 +134,7 @@ def test_without_slurm_nothing_is_known(tmp_path, monkeypatch):
         ("Resources", "nodes to become free"),
         ("QOSMaxJobsPerUserLimit", "as much running as the QoS allows a user"),
         ("ReqNodeNotAvail, UnavailableNodes:n2", "down, drained or reserved"),
-        ("BeginTime", "about two minutes"),
+        ("BeginTime", "waits for a while"),
         ("DependencyNeverSatisfied", "has failed; cancel this one"),
         ("AssocGrpGRES", "your account as a whole"),
         ("AssocMaxJobsLimit", "your share of the account"),

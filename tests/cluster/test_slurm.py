@@ -121,6 +121,7 @@ def test_a_users_scancel_is_not_run_again(submit, capsys):
     assert (run.attempts()[0].cause, run.cancelled_by) == ("cancel", "scancel")
 
 
+@pytest.mark.slow
 def test_cancel_and_resume(submit, whole, capsys):
     run = submit("cancelled", NO_WANDB, callbacks=(callback("Slowly", seconds=0.2),))
     at_least(run, 3)

@@ -147,6 +147,7 @@ def test_a_chain_whose_first_run_fails_ends(submit):
         submit("elsewhere", cluster="local", turn=Turn(submit("waits").name))
 
 
+@pytest.mark.slow
 def test_a_train_of_jobs_carries_one_run(submit):
     """The job that is told to stop leaves the rest to the next; what is left over at the end is cancelled."""
     run = submit("train", callbacks=(callback("SignalAt", step=5),), turn=Turn(repeat=5))

@@ -59,7 +59,7 @@ def big_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_proposal_for_a_gpu_partition_asks_for_whole_nodes_of_the_commonest_kind(big_cluster, capsys):
+def test_a_proposal_for_a_gpu_partition_asks_for_whole_nodes_of_the_commonest_kind(big_cluster, capsys, shared_python):
     assert main(["cluster", "init", "big-gpu", "--partition", "gpu"]) == 0
     text = (big_cluster / "home/paperscale/profiles/big-gpu.yaml").read_text()
     assert "3 of the 4 nodes are like this one" in text

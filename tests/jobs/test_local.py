@@ -137,6 +137,7 @@ def test_another_number_of_processes_trains_on_the_same_global_batches(submit_ti
     assert trained_samples(run) == trained_samples(whole)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_the_mean_over_the_global_batch_at_any_number_of_processes(submit_tiny):
     """32 samples over three processes are 10, 11 and 11; the last 6 of an epoch in accumulated passes of at most 2."""
     linear = ("model.network={class_path: helpers.Linear}", "tracking.enabled=false")
@@ -150,6 +151,7 @@ def test_the_gradient_is_the_mean_over_the_global_batch_at_any_number_of_process
         assert all(torch.allclose(state[key], states[0][key], atol=1e-6) for key in state)
 
 
+@pytest.mark.slow
 def test_three_processes_are_bit_identical_too(submit_tiny):
     """With more than two, the order in which gradients are added up matters."""
     whole = submit_tiny("whole-3", "tracking.enabled=false", procs_per_node=3)

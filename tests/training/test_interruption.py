@@ -38,6 +38,7 @@ def test_all_ranks_stop_at_the_same_boundary_soon_after_one_was_told(told, at):
     assert every > 1, "short steps are not slowed by a look at each"
 
 
+@pytest.mark.slow
 def test_steps_that_last_are_followed_by_a_look_each():
     found = stops(told=1, at=34, step_s=0.06)
     assert {row["boundary"] for row in found} <= set(range(35, 60))
