@@ -124,6 +124,7 @@ def test_up_again_does_nothing(dev_cluster, tmp_path):  # noqa: F811
     output("scancel", "--signal=KILL", "--full", job)
 
 
+@pytest.mark.slow
 def test_down_leaves_no_trace_and_up_makes_what_is_asked(dev_cluster):  # noqa: F811
     """GPUs are given out by number; Debian's way of naming a machine can be had."""
     if output("squeue", "-h"):

@@ -46,6 +46,7 @@ def test_preempted_by_a_signal_to_every_process(submit, whole):
     assert steps == list(range(24))
 
 
+@pytest.mark.slow
 def test_fact_1_ranks_that_are_half_a_second_apart_do_not_deadlock(submit, whole):
     """The time limit's signal, USR1, finds the ranks at different places."""
     skew = callback("SkewedSignal", step=6, signal="SIGUSR1", seconds=0.5)
