@@ -177,7 +177,11 @@ def test_fit_then_look_then_test_the_checkpoint(runs, tiny_recipe, capsys, monke
     assert main(["runs"]) == 0
     assert f"test/accuracy {accuracy:.4f}" in " ".join(capsys.readouterr().out.split())
     assert main(["logs", "one"]) == 0
-    assert "begins at the start" in capsys.readouterr().out
+    log = capsys.readouterr().out
+    assert "begins at the start" in log
+    first, *_, last = [line for line in log.splitlines() if line.startswith("step ")]
+    assert "left" not in first, "one step tells nothing of the others"
+    assert last.endswith("  0 s left")
     assert main(["test", "one"]) == 0
     assert f"{accuracy:.4f}" in capsys.readouterr().out
     assert main(["validate", "one", "data.val=train+val"]) == 0

@@ -37,6 +37,10 @@ class Interrupted(Exception):
     """Raised on every rank at the step they agreed on, after the checkpoint is durable."""
 
 
+class BadNode(Exception):
+    """This node cannot carry the run; another may."""
+
+
 class LostRank(Exception):
     """Another rank, or the way to it, was lost: not this rank's failure, and worth another attempt."""
 

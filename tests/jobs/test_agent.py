@@ -15,7 +15,7 @@ import pytest
 
 from helpers import wait_for
 from jobs.conftest import callback
-from paperscale.errors import BAD_NODE, FAILED, FINISHED, HUNG, REQUEUE, SUPERSEDED, USER_ERROR
+from paperscale.errors import BAD_NODE, FAILED, FINISHED, HUNG, REQUEUE, SUPERSEDED, USER_ERROR, BadNode
 from paperscale.jobs.faults import BAD_NODE_ORDER, ORDER
 from paperscale.jobs.run import Attempt, Run, RunInfo, create
 from paperscale.recipes import RecipeArguments
@@ -124,7 +124,7 @@ def test_the_limit_of_a_hang_follows_from_the_pauses_seen_so_far(start):
     """Ten times the longest pause, and a minute at least; a checkpoint or a start may take ten minutes."""
     from paperscale.jobs.watchdog import Watchdog
 
-    dog = Watchdog(Attempt(Path("nowhere")), 0, 1)
+    dog = Watchdog(Attempt(Path("nowhere")), 0)
     rank = {"phase": "backward", "warm": True, "longest_s": 9.0, "still_s": 80.0, "state": "S"}
     assert dog.limit(rank) == 90
     assert dog.limit({**rank, "longest_s": 0.1}) == 60
@@ -186,9 +186,9 @@ def test_a_rank_counts_as_slow_when_its_own_part_of_the_step_is_for_fifteen_seco
         {"rank": k, "step_s": 0.3, "local_s": 0.1 + 0.15 * (k == 2), "data_s": 0.01 + 0.14 * (k == 2)} for k in range(4)
     ]
     for node in range(2):
-        report = {"node": node, "host": f"n{node}", "ranks": ranks[2 * node : 2 * node + 2]}
+        report = {"node": node, "host": f"n{node}", "time": time.time(), "ranks": ranks[2 * node : 2 * node + 2]}
         (tmp_path / f"node-{node}.json").write_text(json.dumps(report))
-    dog = Watchdog(Attempt(tmp_path), 0, 2)
+    dog = Watchdog(Attempt(tmp_path), 0)
     assert dog.compare_ranks() == dog.compare_ranks() == []
     slow = {"rank": 2, "host": "n1", "slower": 2.5, "what": "data", "seconds": 0.15}
     assert dog.compare_ranks() == [slow]
@@ -285,5 +285,5 @@ def test_a_temporary_folder_that_is_full_makes_a_bad_node(small_disk, tmp_path, 
     with pytest.raises(OSError, match="No space left"):
         fill(small_disk / "rest")
     monkeypatch.setattr(preflight.tempfile, "gettempdir", lambda: str(small_disk))
-    with pytest.raises(preflight.BadNode, match="cannot be written to: No space left"):
+    with pytest.raises(BadNode, match="cannot be written to: No space left"):
         preflight.check_node(Run(tmp_path), tmp_path, 0)

@@ -233,7 +233,7 @@ def test_an_attempt_that_has_ended_is_not_waited_for(runs, no_slurm, capsys):
 
 
 def test_what_is_left_is_estimated_after_five_steps_of_the_attempt(runs):
-    run = write_run(runs, "early", files={"job": "7", "progress.json": progress(41)})
+    run = write_run(runs, "early", files={"job": "7", "progress.json": progress(41, eta_s=None)})
     write_attempt(run, 1, **{"attempt.json": {"started": time.time(), "resumed_from": "step-00000040"}})
     assert report(run, now=answered(run, "RUNNING"))["eta_s"] is None
     put(run.path, {"progress.json": progress(45)})

@@ -126,25 +126,11 @@ def run_resume(args: argparse.Namespace) -> int:
     asked = Shape(
         nodes=args.nodes, procs_per_node=args.procs_per_node, gpus_per_node=args.gpus_per_node, time=args.time
     )
-    _refuse_completing(run)
     code = resume(run, asked)
     if code is None:
         print(f"resumed {run.name} as job {run.job}; follow it with `paperscale logs {run.name} -f`")
         return FINISHED
     return code
-
-
-def _refuse_completing(run: Run) -> None:
-    """Wait for the end of a cancelled job: its script would take the resumed run for cancelled.
-
-    Raises:
-        UserError: the job has not ended yet.
-    """
-    from paperscale.jobs.status import status
-
-    now = status(run)
-    if now.state == "cancelled" and now.job and now.job.slurm == "COMPLETING":
-        raise UserError(f"run '{run.name}': its cancelled job {run.job} has not ended yet; try again in a minute")
 
 
 def run_runs(args: argparse.Namespace) -> int:

@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from paperscale.atomic import write_atomically
 from paperscale.data import index as shard_index
 from paperscale.data.index import Rules
 from paperscale.data.shards import MANIFEST, Manifest
-from paperscale.data.writer import as_shard, map_in_order, write_atomically
+from paperscale.data.writer import as_shard, map_in_order
 from paperscale.errors import UserError
 
 _SAMPLES_FOR_DUPLICATES = 1 << 27  # 1 GB of hashes

@@ -23,6 +23,7 @@ from threading import Thread
 from types import TracebackType
 from typing import Any, TypeVar
 
+from paperscale.atomic import write_atomically
 from paperscale.data import index as shard_index
 from paperscale.data.index import Rules
 from paperscale.data.loader import cores
@@ -347,22 +348,3 @@ def _take(items: Iterator[T], count: int) -> list[T]:
 
 def _map(function: Callable[[T], R], items: list[T]) -> list[R]:
     return [function(item) for item in items]
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that its name holds the old content or the new, never half of either.
-
-    Raises:
-        OSError: it cannot be written; names the file.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -7,7 +7,6 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 
 from paperscale.doctor.findings import Asked
 from paperscale.findings import Finding
+from paperscale.jobs.preflight import build_locks, operator_folders
 
 COMPROMISED_LIGHTNING = ("2.6.2", "2.6.3")
 _NAMED = ("torch", "lightning", "torchmetrics", "webdataset", "wandb")  # a line each; the others share one
@@ -165,7 +165,7 @@ def deepspeed(asked: Asked) -> Iterator[Finding]:
     if version is None:
         yield Finding("OK", "deepspeed", "not installed: only its strategies need it (pip install 'paperscale[gpu]')")
         return
-    built = sorted(_prebuilt() | {folder.name for folder in _operator_folders() if any(folder.glob("*.so"))})
+    built = sorted(_prebuilt() | {folder.name for folder in operator_folders() if any(folder.glob("*.so"))})
     if asked.quick:
         yield Finding("OK", "deepspeed", f"{version}; compiled: {', '.join(built) or 'none'}")
         return
@@ -194,18 +194,9 @@ def _prebuilt() -> set[str]:
     return set()
 
 
-def _operator_folders() -> list[Path]:
-    """Return where torch keeps the operators that it has compiled, a folder each with ``<operator>.so`` in it."""
-    chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
-    if chosen:
-        return [path for path in Path(chosen).glob("*") if path.is_dir()]
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return [path for path in (cache / "torch_extensions").glob("*/*") if path.is_dir()]  # <Python and CUDA>/<operator>
-
-
 def stale_locks(asked: Asked) -> Iterator[Finding]:
     """Has a killed job left the lock of a compilation?  Every later job would wait for it, without a word."""
-    locks = [folder / "lock" for folder in _operator_folders() if (folder / "lock").exists()]
+    locks = build_locks()
     holders = _open_files() if locks else {}
     for path in locks:
         age, name = max(0.0, time.time() - path.stat().st_mtime), f"lock of {path.parent.name}"

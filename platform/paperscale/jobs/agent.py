@@ -23,10 +23,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from paperscale.errors import BAD_NODE, HUNG, LOST, REQUEUE, SUPERSEDED
+from paperscale.atomic import write_atomically
+from paperscale.errors import BAD_NODE, HUNG, LOST, REQUEUE, SUPERSEDED, BadNode
 from paperscale.jobs.faults import FULL_S, ORDER
 from paperscale.jobs.network import interface_towards
-from paperscale.jobs.preflight import BadNode, NodeReport, check_node
+from paperscale.jobs.preflight import NodeReport, check_node
 from paperscale.jobs.run import Attempt, Run, read_json
 from paperscale.jobs.watchdog import Watchdog, rank_facts
 from paperscale.training import pulse
@@ -68,7 +69,7 @@ class Agent:
         self._file.truncate(self.count * pulse.SLOT_BYTES)
         self.slots = pulse.Slots(self._file.fileno(), self.count)
         self.listener = socket.create_server(("", 0), backlog=128)  # other agents try whether this node can be reached
-        self.watchdog = Watchdog(self.attempt, self.node, self.info.nodes)
+        self.watchdog = Watchdog(self.attempt, self.node)
         self.failed_at: float | None = None
         self.outcome: int | None = None
         self.killing = False
@@ -84,7 +85,8 @@ class Agent:
         try:
             self.report = check_node(self.run, self.attempt.path, self.info.gpus_per_node)
         except BadNode as error:
-            return self._bad_node(str(error))
+            self.attempt.suspect(self.host, str(error))
+            return self._fail(BAD_NODE, f"node {self.host} did not pass its preflight: {error}")
         for warning in self.report.warnings:
             say(f"WARNING {self.host}: {warning}")
         environment = self._rendezvous()
@@ -98,10 +100,6 @@ class Agent:
         self._collect()
         self._write_report()
         return self._exit_code()
-
-    def _bad_node(self, reason: str) -> int:
-        self.attempt.suspect(self.host, reason)
-        return self._fail(BAD_NODE, f"node {self.host} did not pass its preflight: {reason}")
 
     def _fail(self, code: int, error: str) -> int:
         """Record what ends the attempt, unless something else has before; return the code that counts."""
@@ -117,10 +115,7 @@ class Agent:
         note = self.attempt.path / "rendezvous.json"
         if self.node == 0:
             self._store = socket.create_server(("", 0), backlog=4096)
-            content = {"port": self._store.getsockname()[1]}
-            part = note.with_suffix(".part")
-            part.write_text(json.dumps(content))
-            part.replace(note)
+            write_atomically(note, json.dumps({"port": self._store.getsockname()[1]}).encode())
         deadline = time.monotonic() + RENDEZVOUS_S
         while not note.exists():
             if time.monotonic() > deadline or self.attempt.verdict is not None:
@@ -297,11 +292,8 @@ class Agent:
             "preflight": self.report.facts,
             "warnings": self.report.warnings,
         }
-        path = self.attempt.path / f"node-{self.node}.json"
         with contextlib.suppress(OSError):  # a full disk must not end the training
-            part = path.with_suffix(".part")
-            part.write_text(json.dumps(content))
-            part.replace(path)
+            write_atomically(self.attempt.path / f"node-{self.node}.json", json.dumps(content).encode())
 
     def _signal_all(self, number: int) -> None:
         for process in self.ranks:

@@ -10,17 +10,19 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from paperscale.data.writer import write_atomically
+from paperscale.atomic import write_atomically
 from paperscale.errors import UserError
 from paperscale.jobs.engines import ENGINES
 from paperscale.jobs.faults import BAD_NODE_ORDER, FAULTS, FULL_S, ORDER
 from paperscale.jobs.run import Attempt, Run
 from paperscale.jobs.status import LIVE, status
+from paperscale.jobs.switches import save
 
 _TAKEN_S = 30.0
+_CHECKPOINT_S = 300.0
 
 
 def drill(run: Run, fault: str, rank: int | None = None, node: str | None = None) -> str:
@@ -80,32 +82,22 @@ def full_disk(run: Run) -> Iterator[str]:
     Raises:
         UserError: the run has ended, or no checkpoint has succeeded in time.
     """
-    since = time.time()
-    log, newest = run.attempts()[-1].log(), _newest(run)
+    since, log = time.time(), run.attempts()[-1].log()
     (run.path / "save").touch()
     yield "waiting for a checkpoint to fail"
-    _wait(run, lambda: "not written" in log.read_text(errors="replace"), "no checkpoint has failed")
-    line = next(line for line in log.read_text(errors="replace").splitlines()[::-1] if "not written" in line)
+    while "not written" not in (text := log.read_text(errors="replace")):
+        state = status(run)
+        if state.state not in LIVE or time.time() - since > _CHECKPOINT_S:
+            raise UserError(
+                f"no checkpoint has failed: run '{run.name}' is {state.state}; `paperscale logs {run.name}` says more"
+            )
+        time.sleep(0.5)
+    line = next(line for line in reversed(text.splitlines()) if "not written" in line)
     yield f"after {time.time() - since:.1f} s: {line}"
     yield f"the disk has room again {FULL_S:.0f} s after it was full"
-    _wait(run, lambda: time.time() - since > FULL_S + 2, "")
-    (run.path / "save").touch()
-    _wait(run, lambda: _newest(run) > newest, "no checkpoint has been written since")
-    yield f"after {time.time() - since:.1f} s: {_newest(run)} is written; no step was lost, no attempt spent"
-
-
-def _newest(run: Run) -> str:
-    return max((path.name for path in run.checkpoints.glob("step-*")), default="")
-
-
-def _wait(run: Run, condition: Callable[[], bool], otherwise: str) -> None:
-    """Wait until ``condition()``; a checkpoint may take its time."""
-    deadline = time.monotonic() + 300
-    while not condition():
-        state = status(run)
-        if state.state not in LIVE or time.monotonic() > deadline:
-            raise UserError(f"{otherwise}: run '{run.name}' is {state.state}; `paperscale logs {run.name}` says more")
-        time.sleep(0.5)
+    time.sleep(max(0.0, since + FULL_S + 2 - time.time()))
+    written = save(run, _CHECKPOINT_S, lambda line: None)
+    yield f"after {time.time() - since:.1f} s: {written} is written; no step was lost, no attempt spent"
 
 
 def _bad_node(run: Run, node: str | None) -> str:

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from paperscale.errors import UserError
 from paperscale.jobs import queue
+from paperscale.jobs.facts import ask
 from paperscale.jobs.profile import Profile
 from paperscale.jobs.queue import JobState
 from paperscale.jobs.run import Run, RunInfo
@@ -64,11 +65,11 @@ class Slurm:
 
     def interrupt(self, run: Run, number: signal.Signals) -> None:
         """Signal the job's steps."""
-        _run("scancel", f"--signal={number.name.removeprefix('SIG')}", run.job or "")
+        ask("scancel", f"--signal={number.name.removeprefix('SIG')}", run.job or "")
 
     def cancel(self, run: Run) -> None:
         """Cancel the job."""
-        _run("scancel", run.job or "")
+        ask("scancel", run.job or "")
 
 
 class Local:
@@ -159,30 +160,9 @@ def sbatch(script: Path) -> str:
         for name, value in os.environ.items()
         if name in kept or name in defaults or not name.startswith(("SLURM_", "SBATCH_", "SRUN_"))
     }
-    return _run("sbatch", "--parsable", str(script), env=env).stdout.strip().split(";")[0]
+    return ask("sbatch", "--parsable", str(script), env=env).strip().split(";")[0]
 
 
 def scancel(job: str) -> None:
     """Cancel a job, or all tasks of an array."""
-    _run("scancel", job)
-
-
-def _run(*command: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a SLURM command.
-
-    Raises:
-        UserError: it fails; carries its last line.
-    """
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
-    except FileNotFoundError as error:
-        raise UserError(f"{command[0]} is not on PATH: run this on a login node of the cluster") from error
-    except subprocess.TimeoutExpired as error:
-        raise UserError(f"{command[0]} has not answered for 60 s: is the controller up? Try `scontrol ping`") from error
-    if result.returncode:
-        raise UserError(f"{command[0]}: {_last_line(result.stderr)}; `paperscale doctor` checks the cluster")
-    return result
-
-
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no answer"])[-1]
+    ask("scancel", job)

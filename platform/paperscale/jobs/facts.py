@@ -120,14 +120,18 @@ class Cluster:
         return [machine for machine in self.machines if name in machine.partitions]
 
 
-def ask(*command: str, text: str | None = None) -> str:
+def ask(*command: str, env: dict[str, str] | None = None) -> str:
     """Return what a SLURM command prints.
+
+    Args:
+        command: its words.
+        env: its environment, by default this process's.
 
     Raises:
         UserError: it is not there, fails, or does not answer.
     """
     try:
-        result = subprocess.run(command, input=text, capture_output=True, text=True, timeout=_ANSWER_S)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_S, env=env)
     except FileNotFoundError as error:
         raise UserError(f"{command[0]} is not on PATH; run this on a login node of the cluster") from error
     except subprocess.TimeoutExpired as error:

@@ -11,7 +11,7 @@ from typing import Any
 
 from paperscale.errors import UserError, nearest
 from paperscale.jobs.run import Run, RunInfo, dated_runs
-from paperscale.jobs.status import STATES, Facts, RunStatus, read_all, statuses, time_left
+from paperscale.jobs.status import STATES, Facts, RunStatus, read_all, statuses
 from paperscale.jobs.words import ago, since
 
 
@@ -43,7 +43,7 @@ class Row:
             "epoch": progress.get("epoch"),
             "loss": progress.get("loss"),
             "samples_per_s": progress.get("samples_per_s"),
-            "eta_s": time_left(self.run, progress) if self.status.state == "running" else None,
+            "eta_s": (progress.get("eta_s") or None) if self.status.state == "running" else None,
             "time": progress.get("time"),
             "results": self.status.results,
             "directory": str(self.run.path),

@@ -17,16 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from paperscale.errors import BadNode
 from paperscale.jobs.faults import BAD_NODE_ORDER
 from paperscale.jobs.run import Run
 
 _SLOW_NAME_S = 1.0
 _STALE_LOCK_S = 600.0
 _LEAST_BYTES = 200 << 20
-
-
-class BadNode(Exception):
-    """This node cannot carry the run; another may."""
 
 
 @dataclass
@@ -99,7 +96,7 @@ def _write_and_read(folder: Path) -> None:
 
 def _check_gpus(report: NodeReport, gpus: int) -> None:
     """Count the GPUs, and look for memory errors that could not be corrected."""
-    query = "--query-gpu=name,ecc.errors.uncorrected.volatile.total,temperature.gpu"
+    query = "--query-gpu=name,ecc.errors.uncorrected.volatile.total"
     try:
         result = subprocess.run(
             ["nvidia-smi", query, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=60
@@ -134,10 +131,23 @@ def _check_names(report: NodeReport) -> None:
         )
 
 
+def operator_folders() -> list[Path]:
+    """Return where torch keeps the operators that it has compiled, a folder each with ``<operator>.so`` in it."""
+    chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if chosen:
+        return [path for path in Path(chosen).glob("*") if path.is_dir()]
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return [path for path in (cache / "torch_extensions").glob("*/*") if path.is_dir()]  # <Python and CUDA>/<operator>
+
+
+def build_locks() -> list[Path]:
+    """Return the locks of operators that are being compiled, or were when their process died."""
+    return [folder / "lock" for folder in operator_folders() if (folder / "lock").exists()]
+
+
 def _check_locks(report: NodeReport) -> None:
     """Remove locks of builds that died: whoever finds one waits for ever."""
-    home = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache/torch_extensions"))
-    for lock in home.glob("**/lock"):
+    for lock in build_locks():
         with contextlib.suppress(OSError):
             newest = max(path.stat().st_mtime for path in lock.parent.iterdir())
             if (idle := time.time() - newest) > _STALE_LOCK_S:

@@ -6,12 +6,15 @@ not name is gone; where squeue does not answer, nothing is known.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+
+from paperscale.jobs.units import seconds
 
 ANSWER_S = 5.0
 """Seconds that the controller has for an answer."""
@@ -141,22 +144,17 @@ def _rows(output: str) -> Iterator[tuple[str, JobState]]:
                     slurm,
                     reason,
                     int(restarts) if restarts.isdigit() else 0,
-                    None if waiting else _seconds(left),
+                    None if waiting else _left(left),
                     _unix_time(start),
                     nodes,
                 ),
             )
 
 
-def _seconds(left: str) -> float | None:
+def _left(text: str) -> float | None:
     """Return a time as squeue writes it (``29:59``, ``1-02:00:00``) in seconds, ``None`` for a word."""
-    if not re.fullmatch(r"(\d+-)?\d+(:\d+){1,2}", left):
-        return None
-    days, _, clock = left.rpartition("-")
-    seconds = 0
-    for part in clock.split(":"):
-        seconds = seconds * 60 + int(part)
-    return int(days or 0) * 86400 + seconds
+    left = seconds(text)
+    return left if math.isfinite(left) else None
 
 
 def _unix_time(text: str) -> float | None:

@@ -18,7 +18,7 @@ import jinja2
 from paperscale import __version__, assets, errors
 from paperscale.errors import UserError
 from paperscale.jobs.profile import Profile, Share, config_dir
-from paperscale.jobs.run import RunInfo, runs_dir
+from paperscale.jobs.run import EXCLUDED_S, RunInfo, runs_dir
 
 MAIN = "job.sbatch.j2"
 
@@ -52,6 +52,7 @@ def render(
             python=profile.python or ("python" if profile.container else sys.executable),
             threads=_threads(info, profile),
             codes=errors,
+            excluded_s=EXCLUDED_S,
             version=__version__,
         )
     except jinja2.TemplateSyntaxError as error:

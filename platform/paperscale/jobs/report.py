@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from paperscale.jobs import queue
-from paperscale.jobs.run import Attempt, Run, RunInfo
-from paperscale.jobs.status import STALE_S, RunStatus, status, time_left
+from paperscale.jobs.run import EXCLUDED_S, Attempt, Run, RunInfo
+from paperscale.jobs.status import STALE_S, RunStatus, status
 from paperscale.jobs.words import ago, clock, duration
 
 _ENDINGS = {
@@ -24,9 +24,11 @@ _ENDINGS = {
     "requeue": "was requeued",
     "cancel": "was cancelled",
     "signal": "was ended by a signal",
+    "stop": "was told to stop",
     "lost": "lost a rank",
     "hang": "hung",
     "bad-node": "met a bad node",
+    "node-failure": "lost its node",
     "unknown": "ended while the controller did not answer",
 }
 
@@ -52,7 +54,7 @@ def report(run: Run, verify: bool = False, now: RunStatus | None = None) -> dict
         "attempt": len(attempts),
         "max_attempts": run.max_attempts,
         "attempts": [_attempt(attempt) for attempt in attempts],
-        **_progress(run, progress, live),
+        **_progress(progress, live),
         "heartbeats": _heartbeats(attempts, progress) if live or now.state == "unknown" else [],
         "slow_ranks": attempts[-1].stragglers if attempts else [],
         **_checkpoint(run, verify),
@@ -115,8 +117,6 @@ def _excluded(run: Run, now: RunStatus) -> dict[str, Any]:
     latest = {node["host"]: node for node in run.excluded}
     if not latest:
         return {"excluded": [], "lift": ""}
-    from paperscale.jobs.resume import EXCLUDED_S  # brings jinja
-
     nodes = [{**node, "until": node["time"] + EXCLUDED_S} for node in latest.values()]
     nodes = [node for node in nodes if node["until"] > time.time()]
     waits = nodes and now.state == "queued" and run.info.engine == "slurm"
@@ -127,13 +127,12 @@ def _excluded(run: Run, now: RunStatus) -> dict[str, Any]:
     return {"excluded": nodes, "lift": lift if waits else ""}
 
 
-def _progress(run: Run, progress: dict[str, Any], live: bool) -> dict[str, Any]:
+def _progress(progress: dict[str, Any], live: bool) -> dict[str, Any]:
     """Return where the training is; what is left counts from now on, and only while it runs."""
     if not progress:
         return {"step": None, "progress": {}, "eta_s": None, "stale": False}
     age = max(0.0, time.time() - progress["time"])
-    estimate = time_left(run, progress) if live else None
-    left = None if estimate is None else max(0.0, estimate - age)
+    left = max(0.0, progress["eta_s"] - age) if live and progress.get("eta_s") else None
     return {
         "step": f"{progress['step']}/{progress['total_steps'] or '?'}",
         "progress": {**progress, "age_s": age},

@@ -8,18 +8,15 @@ import time
 
 import yaml
 
-from paperscale.data.writer import write_atomically
+from paperscale.atomic import write_atomically
 from paperscale.errors import UserError
 from paperscale.jobs.engines import ENGINES
 from paperscale.jobs.facts import Cluster
 from paperscale.jobs.profile import Profile
 from paperscale.jobs.render import render
-from paperscale.jobs.run import Run, RunInfo
+from paperscale.jobs.run import EXCLUDED_S, Run, RunInfo
 from paperscale.jobs.status import LIVE, status
 from paperscale.jobs.submit import Options, Shape, say, start
-
-EXCLUDED_S = 12 * 3600
-"""Seconds that a node which was found bad is left out."""
 
 
 def resume(run: Run, asked: Shape) -> int | None:
@@ -38,6 +35,8 @@ def resume(run: Run, asked: Shape) -> int | None:
     now = status(run)
     if now.state in LIVE:
         raise UserError(f"run '{run.name}' is {now.state} ({now.detail}); `paperscale cancel {run.name}` ends it first")
+    if now.state == "cancelled" and now.job and now.job.slurm == "COMPLETING":  # its script would see the new run
+        raise UserError(f"run '{run.name}': its cancelled job {run.job} has not ended yet; try again in a minute")
     if now.state == "finished":
         raise UserError(f"run '{run.name}' is finished; submit the recipe again under another --name")
     info = run.info

@@ -9,8 +9,9 @@
         job.sh            the rendered job script
         job               engine and id of the job that carries the run now
         job.log           what the job script said
-        attempts/0001/    rank-0.log ..., node-0.json ..., attempt.json, exit_code, cause, stragglers.json, error (what
-                          failed first)
+        attempts/0001/    rank-0.log ..., node-0.json ..., attempt.json, preflight.json, stragglers.json, error (what
+                          failed first) and verdict (its exit code), exit_code and cause (by the job script), suspects
+                          (nodes), hang.json and stacks-rank-0.txt ... (of a hang)
         checkpoints/      step-00000400/ ...
         progress.json     where the training is
         metrics.jsonl     every logged row
@@ -33,9 +34,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from paperscale.atomic import write_atomically
 from paperscale.errors import BAD_NODE, FINISHED, HUNG, LOST, REQUEUE, UserError, nearest
 
 _CAUSES = {FINISHED: "finished", REQUEUE: "signal", LOST: "lost", HUNG: "hang", BAD_NODE: "bad-node"}
+EXCLUDED_S = 12 * 3600
+"""Seconds that a node which was found bad is left out."""
 LONGEST_NAME = 100
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST_NAME - 1}}}")
 
@@ -312,8 +316,6 @@ def _read(path: Path) -> str:
 
 
 def _write(path: Path, content: str) -> None:
-    from paperscale.data.writer import write_atomically  # brings numpy, which looking at runs has no use for
-
     write_atomically(path, content.encode())
 
 

@@ -1,4 +1,4 @@
-"""What a run is doing: its state, from its directory and its engine; ending it, saving it, reading its logs."""
+"""What a run is doing: its state, from its directory and its engine; and ending it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ Asked = Callable[[Collection[str], Collection[int]], dict[str, JobState]]
 
 LIVE = ("running", "queued", "unknown")
 STATES = ("running", "queued", "finished", "stopped", "failed", "cancelled", "unknown")
-TIMED_STEPS = 5
-"""Steps of an attempt before what is left is estimated: the first are slow, or the only ones to be slow."""
 STALE_S = 30.0
 """Seconds after which a running job's last sign of life is worth a remark: agents and ranks give one every five."""
 
@@ -196,16 +194,6 @@ def last_sign(run: Run, attempts: list[Attempt], progress: dict[str, Any]) -> fl
     """Return when a rank or an agent of a run was last heard of, in Unix time; 0 for never."""
     agents = [node["time"] for node in attempts[-1].nodes()] if attempts else []
     return max([progress.get("time", 0.0), *agents])
-
-
-def time_left(run: Run, progress: dict[str, Any]) -> float | None:
-    """Return the seconds left as of ``progress.json``; ``None`` before enough steps of the attempt were timed."""
-    attempts = run.attempts()
-    if not attempts or not progress.get("total_steps") or not progress.get("eta_s"):
-        return None
-    begun = str(attempts[-1].facts.get("resumed_from") or "").removeprefix("step-")
-    timed = progress["step"] - (int(begun) if begun.isdigit() else 0)
-    return float(progress["eta_s"]) if timed >= TIMED_STEPS else None
 
 
 def cancel(run: Run, now: RunStatus | None = None) -> str:

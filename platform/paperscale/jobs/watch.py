@@ -24,7 +24,7 @@ from paperscale.jobs.logs import follow
 from paperscale.jobs.queue import JobState
 from paperscale.jobs.report import lines, report
 from paperscale.jobs.run import Run, dated_runs
-from paperscale.jobs.status import LIVE, Facts, RunStatus, read_all, statuses, time_left
+from paperscale.jobs.status import LIVE, Facts, RunStatus, read_all, statuses
 from paperscale.jobs.words import COLOURS, ago, curve, duration
 from paperscale.tracking.metrics import read_metrics
 
@@ -181,7 +181,7 @@ def _cells(facts: Facts, now: RunStatus) -> list[str]:
     progress = now.progress
     if not progress:
         return [facts.run.name, now.state, "-", "-", "-", "-", now.detail]
-    left = time_left(facts.run, progress) if now.state == "running" else None
+    left = (progress.get("eta_s") or None) if now.state == "running" else None
     return [
         facts.run.name,
         now.state,

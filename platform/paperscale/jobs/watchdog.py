@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from paperscale.jobs.run import Attempt, read_json
+from paperscale.jobs.run import Attempt
 from paperscale.training.pulse import PHASES, SLOW_PHASES, Reading
 
 FACTOR = 10.0
@@ -41,7 +41,6 @@ def rank_facts(rank: int, process: subprocess.Popen[bytes], reading: Reading, st
         "step": reading.step,
         "phase": reading.phase,
         "warm": reading.warm,
-        "events": reading.events,
         "still_s": round(now - (reading.since or started), 2),
         "beat": time.time() - (now - reading.beat) if reading.beat else None,
         "longest_s": round(reading.longest_s, 4),
@@ -66,11 +65,10 @@ class Watchdog:
     Args:
         attempt: the attempt's directory.
         node: number of this node.
-        nodes: of the job.
     """
 
-    def __init__(self, attempt: Attempt, node: int, nodes: int):
-        self.attempt, self.node, self.nodes = attempt, node, nodes
+    def __init__(self, attempt: Attempt, node: int):
+        self.attempt, self.node = attempt, node
         self.fixed = float(os.environ.get("PAPERSCALE_HANG_S") or 0) or None
         self.start_s = float(os.environ.get("PAPERSCALE_START_S") or START_S)
         self._slow: dict[int, int] = {}
@@ -102,11 +100,6 @@ class Watchdog:
         with contextlib.suppress(OSError):
             (self.attempt.path / "hang").touch()
 
-    def reports(self) -> list[dict[str, Any]]:
-        """Return what the nodes have last reported, in the order of the nodes."""
-        found = [read_json(self.attempt.path / f"node-{node}.json") for node in range(self.nodes)]
-        return [report for report in found if report]
-
     def name_the_cause(self, limit: float | None) -> str:
         """Return in a line which rank of which node is waited for; waits until the other nodes have reported.
 
@@ -114,7 +107,7 @@ class Watchdog:
             limit: that was passed on this node; ``None`` where another node has found out.
         """
         time.sleep(_WAIT_FOR_REPORTS_S)
-        reports = self.reports()
+        reports = self.attempt.nodes()
         others = reports if self.attempt.verdict is None else []  # with a verdict, agents have ended by themselves
         lost = [report for report in others if report["node"] != self.node and not self._answers(report)]
         for report in lost if self.node == 0 else ():  # node 0 runs the batch script, which is still there
@@ -167,7 +160,7 @@ class Watchdog:
 
     def compare_ranks(self) -> list[dict[str, Any]]:
         """Write the ranks that are slower than the others to ``stragglers.json``; return those newly found."""
-        ranks = [{**rank, "host": report["host"]} for report in self.reports() for rank in report["ranks"]]
+        ranks = [{**rank, "host": report["host"]} for report in self.attempt.nodes() for rank in report["ranks"]]
         timed = [rank for rank in ranks if rank["step_s"] > 0]
         if len(timed) < 2 or len(timed) < len(ranks):
             return []

@@ -18,7 +18,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paperscale.data.writer import write_atomically
+from paperscale.atomic import write_atomically
 from paperscale.errors import (
     BAD_NODE,
     FAILED,
@@ -27,6 +27,7 @@ from paperscale.errors import (
     REQUEUE,
     SUPERSEDED,
     USER_ERROR,
+    BadNode,
     Interrupted,
     LostRank,
     Superseded,
@@ -36,7 +37,6 @@ from paperscale.errors import (
     is_users_mistake,
 )
 from paperscale.jobs import snapshot
-from paperscale.jobs.preflight import BadNode
 from paperscale.jobs.run import Attempt, Run
 from paperscale.training.checkpoint import clear_unfinished, newest_verified, read_manifest
 from paperscale.training.pulse import Pulse
@@ -76,8 +76,11 @@ def _failed(attempt: Attempt, error: BaseException) -> int:
         code = USER_ERROR
     elif is_lost_rank(error):
         code = LOST
+    host = socket.gethostname()
+    if code == BAD_NODE:
+        attempt.suspect(host, describe(error))
     what = describe(error) if code in (USER_ERROR, BAD_NODE) else f"{type(error).__name__}: {describe(error)}"
-    attempt.fail(code, f"rank {os.environ.get('RANK', 0)} on {socket.gethostname()}: {what[:500]}")
+    attempt.fail(code, f"rank {os.environ.get('RANK', 0)} on {host}: {what[:500]}")
     with contextlib.suppress(OSError):
         if code in (FAILED, LOST):
             traceback.print_exc()
@@ -156,7 +159,7 @@ class Worker:
 
         Raises:
             LostRank: ranks have not appeared.
-            BadNode: this node cannot reach the shards, others can; or its GPUs cannot be used.
+            BadNode: this node cannot reach the shards, others can; or its GPUs cannot be used or compute wrongly.
             UserError: no node can.
         """
         from paperscale.training import rendezvous
@@ -181,9 +184,8 @@ class Worker:
 
         gpus, seen = self.info.gpus_per_node, torch.cuda.device_count()
         if gpus and cli.accelerator != "cpu" and seen <= int(os.environ.get("LOCAL_RANK", 0)):
-            reason = f"torch sees {seen} of {gpus} GPUs"
-            self.attempt.suspect(socket.gethostname(), reason)
-            raise BadNode(f"{reason}; `paperscale doctor` on the node compares the driver with torch's CUDA")
+            seen_of = f"torch sees {seen} of {gpus} GPUs"
+            raise BadNode(f"{seen_of}; `paperscale doctor` on the node compares the driver with torch's CUDA")
 
     def check_shards(self, cli: RecipeCLI) -> None:
         """Tell a set that this node alone cannot reach from one that is gone."""
@@ -203,7 +205,6 @@ class Worker:
         if all(nodes):
             raise UserError(nodes[0])
         if problem:
-            self.attempt.suspect(socket.gethostname(), problem)
             raise BadNode(f"{problem} (other nodes reach it)")
         if any(nodes):
             time.sleep(_BAD_NODE_WAIT_S)  # the rank that has found it says so first

@@ -19,8 +19,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 from torch.distributed import Store
 
+from paperscale.atomic import write_atomically
 from paperscale.data import ShardStream
-from paperscale.data.writer import write_atomically
 from paperscale.errors import Interrupted, Superseded, UserError
 from paperscale.training.checkpoint import (
     CheckpointOptions,

@@ -28,8 +28,9 @@ SLOW_PHASES = ("starting", "checkpoint", "ending")
 WARM_UP = 3
 """Events of a phase that may take long: compilation, the first read, the first collective."""
 
-_FORMAT = struct.Struct("<qqqqdddddd")
+_FORMAT = struct.Struct("<qqqdddddd")
 _REQUEST = struct.Struct("<q")
+_BEAT_AT, _LONGEST_AT, _MEDIANS_AT = 32, 40, 48
 SLOT_BYTES = 128
 _REQUEST_AT = 120
 NO_REQUEST, SAVE, STOP = 0, 1, 2
@@ -40,7 +41,6 @@ class Reading:
     """A slot's content. Times are of the node's monotonic clock.
 
     Attributes:
-        events: events so far.
         step: optimizer steps.
         phase: one of :data:`PHASES`.
         warm: whether the phase has had its slow first events.
@@ -52,7 +52,6 @@ class Reading:
         data_s: median seconds of a micro-step that were spent waiting for data.
     """
 
-    events: int
     step: int
     phase: str
     warm: bool
@@ -77,8 +76,8 @@ class Slots:
 
     def read(self, slot: int) -> Reading:
         """Return what a rank has written."""
-        events, step, phase, warm, *times = _FORMAT.unpack_from(self.memory, slot * SLOT_BYTES)
-        return Reading(events, step, PHASES[phase], bool(warm), *times)
+        step, phase, warm, *times = _FORMAT.unpack_from(self.memory, slot * SLOT_BYTES)
+        return Reading(step, PHASES[phase], bool(warm), *times)
 
     def request(self, slot: int, what: int) -> None:
         """Ask a rank to save or to stop at the next step boundary."""
@@ -97,7 +96,7 @@ class Pulse:
         self._memory = memory or mmap.mmap(-1, SLOT_BYTES)
         self._at = slot * SLOT_BYTES if memory else 0
         self._counts = [0] * len(PHASES)
-        self._events = self._step = self._phase = 0
+        self._step = self._phase = 0
         self._since = time.monotonic()
         self._longest = 0.0
         self._micro_steps: deque[tuple[float, float, float]] = deque(maxlen=64)
@@ -121,7 +120,6 @@ class Pulse:
         gap = now - self._since
         if gap > self._longest and self._is_warm():
             self._longest = gap
-        self._events += 1
         self._counts[index] += 1
         self._since, self._phase = now, index
         if step is not None:
@@ -145,14 +143,14 @@ class Pulse:
         return self._counts[self._phase] > WARM_UP and PHASES[self._phase] not in SLOW_PHASES
 
     def _write(self) -> None:
-        values = (self._events, self._step, self._phase, self._is_warm(), self._since)
-        struct.pack_into("<qqqqd", self._memory, self._at, *values)
-        struct.pack_into("<d", self._memory, self._at + 48, self._longest)
+        values = (self._step, self._phase, self._is_warm(), self._since)
+        struct.pack_into("<qqqd", self._memory, self._at, *values)
+        struct.pack_into("<d", self._memory, self._at + _LONGEST_AT, self._longest)
 
     def _beat(self) -> None:
         """Beat once a second; the medians are worked out here, off the step's path."""
         while not self._stopped.wait(1.0):
-            struct.pack_into("<d", self._memory, self._at + 40, time.monotonic())
+            struct.pack_into("<d", self._memory, self._at + _BEAT_AT, time.monotonic())
             if recent := list(self._micro_steps):
                 medians = (statistics.median(values) for values in zip(*recent, strict=True))
-                struct.pack_into("<ddd", self._memory, self._at + 56, *medians)
+                struct.pack_into("<ddd", self._memory, self._at + _MEDIANS_AT, *medians)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from paperscale.errors import LostRank, UserError
+from paperscale.errors import BadNode, LostRank
 from paperscale.training.pulse import LISTEN
 
 TIMEOUT_S = 120.0
@@ -115,7 +115,7 @@ def preflight(world_size: int, on_gpu: bool, joined_s: float) -> Preflight:
     """Check the device and what lies between the ranks; called on all ranks, after :func:`join`.
 
     Raises:
-        UserError: this rank's device computes wrongly; names it.
+        BadNode: this rank's device computes wrongly; names it.
     """
     host = socket.gethostname()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
@@ -144,7 +144,7 @@ def _check_device(device: torch.device, host: str) -> None:
         return
     ones = torch.ones(1024, 1024, device=device)
     if not torch.equal(ones @ ones, torch.full_like(ones, 1024.0)):
-        raise UserError(f"{device} of {host} computes wrongly; exclude this node and tell the administrator")
+        raise BadNode(f"{device} of {host} computes wrongly; tell the administrator")
 
 
 def _bandwidth(device: torch.device, world_size: int) -> float:

@@ -17,13 +17,14 @@ from typing import NamedTuple
 from rich.console import Console
 
 from paperscale import __version__
+from paperscale.atomic import write_atomically
 from paperscale.data.prepare import glue, imagenet, images, squad, text, translation, wikipedia
 from paperscale.data.prepare.base import SCRATCH, Dataset, Job, Options, bar
 from paperscale.data.prepare.images import parse_idx, to_idx
 from paperscale.data.shards import MANIFEST, Manifest, read_manifest
 from paperscale.data.tokenizer import FILE as TOKENIZER
 from paperscale.data.verify import verify
-from paperscale.data.writer import ShardWriter, write_atomically
+from paperscale.data.writer import ShardWriter
 from paperscale.errors import UserError, nearest
 
 __all__ = ["DATASETS", "Dataset", "Options", "Row", "describe", "parse_idx", "prepare", "to_idx", "verified"]
