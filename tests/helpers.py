@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from paperscale.jobs.run import Run
 from paperscale.papers.resnet import ResNetClassifier
 from paperscale.tracking.wandb import read_metrics
+from paperscale.training.tensorfile import TensorReader
 
 
 class SignalAt(Callback):
@@ -94,9 +95,9 @@ def final_state(run: Run) -> dict[str, Any]:
     """Return the model's and the optimizer's last state."""
     newest = sorted(run.checkpoints.glob("step-*"))[-1]
     state = torch.load(newest / "state.pt", weights_only=True)
-    momenta = state["optimizer_states"][0]["state"]
-    buffers = {f"momentum {key}": value["momentum_buffer"] for key, value in momenta.items()}
-    return {**state["state_dict"], **buffers, "schedule": torch.tensor(state["lr_schedulers"][0]["last_epoch"])}
+    reader = TensorReader(newest)
+    tensors = {name: reader.whole(name) for name in sorted(reader.tensors)}
+    return {**tensors, "schedule": torch.tensor(state["lr_schedulers"][0]["last_epoch"])}
 
 
 def equal(first: dict[str, Any], second: dict[str, Any]) -> bool:

@@ -12,9 +12,10 @@ from lightning.pytorch import Trainer
 from paperscale.errors import UserError
 from paperscale.jobs.environment import JobEnvironment
 from paperscale.jobs.run import Run
-from paperscale.training.callbacks import StateIO
 from paperscale.training.checkpoint import newest_verified, verify
 from paperscale.training.recipe import RecipeCLI
+from paperscale.training.tensorfile import TensorReader
+from paperscale.training.weights import read_weights
 
 
 def evaluate(stage: str, run: Run | None, recipe: list[str], checkpoint: Path | None) -> dict[str, Any]:
@@ -43,15 +44,10 @@ def evaluate(stage: str, run: Run | None, recipe: list[str], checkpoint: Path | 
         enable_checkpointing=False,
         enable_model_summary=False,
         devices=1,
-        plugins=[JobEnvironment(), StateIO()],
+        plugins=[JobEnvironment()],
         default_root_dir=str(checkpoint),  # in a job, Lightning loads any hpc_ckpt_* that it finds there
     )
-    state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
-    try:
-        cli.model.load_state_dict(state["state_dict"])
-    except RuntimeError as error:
-        first = " ".join(str(error).split())[:200]
-        raise UserError(f"{checkpoint} does not fit this recipe: {first}...; use the recipe that made it") from error
+    read_weights(cli.model, TensorReader(checkpoint))
     if stage == "predict":
         parts: list[Any] = trainer.predict(cli.model, datamodule=cli.datamodule) or []
         values = torch.cat([part.cpu() for part in parts]).tolist()

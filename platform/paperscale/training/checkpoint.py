@@ -2,28 +2,37 @@
 
 A checkpoint is a folder ``step-00000400/``::
 
-    state.pt         what Lightning saves: model, optimizers, schedulers, loops, the DataModule's position
-    rank-00000.pt    what only this rank knows: random number generators, metric state
-    manifest.json    size and SHA-256 of every other file, and what the state is of
+    tensors-00000.safetensors   the part of weights, buffers, optimizer state and averages that a rank has written
+    rank-00000.pt               what only that rank knows: random number generators, metric state
+    state.pt                    loops, schedulers, callbacks, the DataModule's position, the optimizers' settings
+    recipe.yaml                 the resolved recipe
+    manifest.json               size and SHA-256 of every other file, and what the state is of
 
-It is written aside, every file is made durable, hashed into the manifest, and then renamed into place.
+It is written aside, every file is made durable, hashed into the manifest, and then renamed into place. The same files,
+whatever the strategy and the number of ranks: who reads takes the elements that it needs (see
+:mod:`paperscale.training.tensorfile`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import random
 import shutil
-from dataclasses import asdict, dataclass
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import Any, Literal
 
 from paperscale.data.index import sha256
 from paperscale.errors import UserError
 
 MANIFEST = "manifest.json"
-VERSION = 1
+_READERS = 8
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,13 @@ class CheckpointManifest:
         world_size: ranks that wrote it.
         files: name to ``{"bytes": ..., "sha256": ...}``.
         versions: of the libraries that wrote it.
+        epoch: epochs begun before it; the number of finished ones where it ends an epoch.
+        strategy: class of the strategy that wrote it.
+        metrics: of the validation of these weights, empty where they were not validated.
+        run: name of the run.
+        wandb_id: id of its W&B run.
+        created: Unix time.
+        aliases: names of tied weights to the names they are kept under.
     """
 
     step: int
@@ -43,6 +59,13 @@ class CheckpointManifest:
     world_size: int
     files: dict[str, dict[str, Any]]
     versions: dict[str, str]
+    epoch: int = 0
+    strategy: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
+    run: str = ""
+    wandb_id: str = ""
+    created: float = 0.0
+    aliases: dict[str, str] = field(default_factory=dict)
     version: int = VERSION
 
 
@@ -54,9 +77,14 @@ def read_manifest(checkpoint: Path) -> CheckpointManifest:
     """
     path = checkpoint / MANIFEST
     try:
-        return CheckpointManifest(**json.loads(path.read_text()))
+        manifest = CheckpointManifest(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not a readable manifest ({error})") from error
+    if manifest.version != VERSION:
+        raise UserError(
+            f"{path}: version {manifest.version}, this release reads {VERSION}; use the release that wrote it"
+        )
+    return manifest
 
 
 def verify(checkpoint: Path) -> CheckpointManifest:
@@ -72,8 +100,11 @@ def verify(checkpoint: Path) -> CheckpointManifest:
             raise UserError(f"{file} is missing")
         if (size := file.stat().st_size) != expected["bytes"]:
             raise UserError(f"{file} has {size} bytes, {expected['bytes']} were written")
-        if sha256(file) != expected["sha256"]:
-            raise UserError(f"{file} is not what was written (SHA-256 differs)")
+    with ThreadPoolExecutor(_READERS) as pool:  # hashing gives the interpreter free
+        hashes = pool.map(sha256, [checkpoint / name for name in manifest.files])
+        for (name, expected), found in zip(manifest.files.items(), hashes, strict=True):
+            if found != expected["sha256"]:
+                raise UserError(f"{checkpoint / name} is not what was written (SHA-256 differs)")
     return manifest
 
 
@@ -100,25 +131,32 @@ def rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.pt"
 
 
-def publish(partial: Path, final: Path, *, step: int, consumed: int, world_size: int) -> None:
-    """Make a complete checkpoint durable and give it its name. Called on one rank, after all have written."""
+def publish(partial: Path, final: Path, files: dict[str, dict[str, Any]], facts: dict[str, Any]) -> None:
+    """Give a checkpoint whose files are all durable its name. Called on one rank, after all have written.
+
+    Args:
+        partial: the folder it was written into.
+        final: its name.
+        files: name to size and SHA-256.
+        facts: further fields of the manifest.
+
+    Raises:
+        OSError: it could not be written; whatever had the name before is still there.
+    """
     import lightning
     import torch
 
     from paperscale import __version__
 
-    files = {
-        str(path.relative_to(partial)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(partial.rglob("*"))
-        if path.is_file()
-    }
     versions = {"paperscale": __version__, "torch": torch.__version__, "lightning": lightning.__version__}
-    manifest = CheckpointManifest(step, consumed, world_size, files, versions)
+    manifest = CheckpointManifest(files=files, versions=versions, created=time.time(), **facts)
     with (partial / MANIFEST).open("w") as file:
         json.dump(asdict(manifest), file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     fsync_folder(partial)
+    if final.exists():  # only one that did not verify can have this name
+        remove(final)
     partial.rename(final)
     fsync_folder(final.parent)
 
@@ -138,54 +176,55 @@ def clear_unfinished(folder: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def prune(folder: Path, keep_last: int) -> None:
-    """Remove all but the newest checkpoints."""
-    for old in all_checkpoints(folder)[keep_last:]:
-        doomed = old.with_name(f".{old.name}.partial")  # half-removed must not look like a checkpoint
-        old.rename(doomed)
-        shutil.rmtree(doomed)
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint; half-removed it must not look like one."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.partial")
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
 
 
-class _Watched:
-    """A file that remembers why a write failed: torch's own error does not say."""
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints are kept.
 
-    def __init__(self, file: BinaryIO):
-        self.file = file
-        self.error: OSError | None = None
-
-    def write(self, content: bytes) -> int:
-        try:
-            return self.file.write(content)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def save_durably(state: Any, path: Path) -> None:
-    """Write a ``torch.save`` file and wait until it is on the disk.
-
-    Raises:
-        OSError: it could not be written; nothing is left under its name.
+    Attributes:
+        last: the newest.
+        every_n_steps: for good, those at multiples of this; 0 for none.
+        best: those with the best metric.
+        metric: logged in validation; empty for none.
+        lower: whether less of it is better.
     """
-    import torch
 
-    try:
-        with path.open("wb") as file:
-            watched = _Watched(file)
-            try:
-                torch.save(state, cast(IO[bytes], watched))
-            except RuntimeError:
-                if watched.error is None:
-                    raise
-                raise watched.error from None
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
+    last: int = 2
+    every_n_steps: int = 0
+    best: int = 0
+    metric: str = ""
+    lower: bool = False
+
+    def prune(self, folder: Path) -> None:
+        """Remove the other checkpoints."""
+        found = all_checkpoints(folder)
+        kept = {*found[: self.last], *ranked(found, self.metric, self.lower)[: self.best]}
+        for old in found:
+            if old not in kept and not (self.every_n_steps and step_of(old) % self.every_n_steps == 0):
+                remove(old)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step in a checkpoint's name."""
+    digits = checkpoint.name.removeprefix("step-")
+    return int(digits) if digits.isdigit() else 0
+
+
+def ranked(checkpoints: list[Path], metric: str, lower: bool) -> list[Path]:
+    """Return the checkpoints that were validated, best first."""
+    scored = []
+    for checkpoint in checkpoints:
+        with contextlib.suppress(UserError):
+            if (value := read_manifest(checkpoint).metrics.get(metric)) is not None and not math.isnan(value):
+                scored.append((value if lower else -value, checkpoint))
+    return [checkpoint for _, checkpoint in sorted(scored, key=lambda pair: pair[0])]
 
 
 def random_state() -> dict[str, Any]:
@@ -221,18 +260,34 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 @dataclass
 class CheckpointOptions:
-    """When checkpoints are written and how many are kept.
+    """When checkpoints are written and which are kept.
 
     Attributes:
         every_n_steps: optimizer steps between checkpoints; ``None`` for none inside an epoch.
         every_n_epochs: epochs between checkpoints.
         keep_last: newest checkpoints that are kept; at least 2, so that one is left if the newest is damaged.
+        keep_every_n_steps: checkpoints at multiples of this are kept for good.
+        monitor: metric of the validation that says which checkpoint is best, such as ``val/accuracy``.
+        mode: ``max`` if more of it is better, ``min`` if less is.
+        keep_best: checkpoints that are kept for being best, beside the newest.
+        wait: write on the step path, as if there were no thread for it.
     """
 
     every_n_steps: int | None = None
     every_n_epochs: int = 1
     keep_last: int = 2
+    keep_every_n_steps: int | None = None
+    monitor: str | None = None
+    mode: Literal["max", "min"] = "max"
+    keep_best: int = 1
+    wait: bool = False
 
     def __post_init__(self) -> None:
         if self.keep_last < 2:
             raise UserError("checkpoint.keep_last must be at least 2, so that one is left if the newest is damaged")
+
+    @property
+    def retention(self) -> Retention:
+        """Return which checkpoints are kept."""
+        best = self.keep_best if self.monitor else 0
+        return Retention(self.keep_last, self.keep_every_n_steps or 0, best, self.monitor or "", self.mode == "min")

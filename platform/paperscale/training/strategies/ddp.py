@@ -1,4 +1,4 @@
-"""Strategies: Lightning's own, with the least of ours on top."""
+"""Data parallel: every process holds the whole model."""
 
 # No `from __future__ import annotations`: DDP looks at the annotations of a communication hook.
 
@@ -9,6 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
+
+from paperscale.training.strategies.portable import PortableStrategy
 
 
 def ordered_mean(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -32,7 +34,7 @@ def ordered_mean(state: None, bucket: dist.GradBucket) -> torch.futures.Future[t
     return future
 
 
-class ExactDDPStrategy(DDPStrategy):
+class ExactDDPStrategy(PortableStrategy, DDPStrategy):
     """DDP whose gradients on the CPU do not depend on how DDP has laid out its buckets."""
 
     def configure_ddp(self) -> None:

@@ -1,0 +1,249 @@
+"""When a run checkpoints and stops, and how it takes up what Lightning leaves out."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from torch.distributed import Store
+
+from paperscale.errors import Interrupted, Superseded, UserError, nearest
+from paperscale.training.callbacks import datamodule
+from paperscale.training.checkpoint import CheckpointOptions, random_state, rank_file, restore_random_state
+from paperscale.training.interruption import StopAgreement
+from paperscale.training.logbook import continue_epoch, epoch_sums
+from paperscale.training.metric_state import metric_state, restore_metric_state
+from paperscale.training.pieces import Piece, to_write
+from paperscale.training.pulse import Pulse
+from paperscale.training.saving import SUPERSEDED, Files, Job, Saver
+from paperscale.training.strategies.portable import STATE, PortableStrategy
+from paperscale.training.tensorfile import Buffer, TensorReader, tensor_file
+
+RECIPE = "recipe.yaml"
+
+
+class Checkpointing(Checkpoint):
+    """Writes verified checkpoints on schedule and before an interruption, and resumes what Lightning leaves out.
+
+    A subclass of Lightning's ``Checkpoint`` so that it is called after the module's own ``on_train_epoch_end``.
+
+    Args:
+        folder: where checkpoints go.
+        options: when to write and what to keep.
+        resume: the checkpoint the run continues from.
+        attempt: number of this attempt.
+        pulse: this rank's, where the node's agent leaves requests.
+        store: shared by the ranks; ``None`` for a single process.
+        is_current: whether this attempt still owns the run; an attempt that was cut off and replaced must not write.
+        is_healthy: whether the weights are worth keeping.
+        say: prints a line (rank 0).
+        facts: of the run, for the manifest: ``run``, ``wandb_id``.
+        recipe: the resolved recipe.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        options: CheckpointOptions,
+        resume: Path | None = None,
+        attempt: int = 1,
+        pulse: Pulse | None = None,
+        store: Store | None = None,
+        is_current: Callable[[], bool] = lambda: True,
+        is_healthy: Callable[[], bool] = lambda: True,
+        say: Callable[[str], None] = print,
+        facts: dict[str, str] | None = None,
+        recipe: str = "",
+    ):
+        self.folder, self.options, self.resume = folder, options, resume
+        self.attempt, self.pulse = attempt, pulse or Pulse()
+        self.is_current, self.is_healthy, self.say = is_current, is_healthy, say
+        self.store, self.facts, self.recipe = store, facts or {}, recipe
+        self.agreement = StopAgreement(None, pulse=self.pulse)
+        self.saver = Saver(folder, options.retention)
+        self.stalls_s: list[float] = []
+        self._buffer = Buffer()
+        self._stopping = self._saving = False
+        self._saved_step = self._validated_step = -1
+        self._metrics: dict[str, float] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Share the agreement on stopping, and what has been written, between ranks."""
+        if stage == "fit":
+            on_gpu = trainer.world_size > 1 and trainer.strategy.root_device.type == "cuda"
+            self.agreement = StopAgreement(self.store, on_gpu, self.pulse)
+            self.saver = Saver(
+                self.folder,
+                self.options.retention,
+                trainer.global_rank,
+                trainer.world_size,
+                self.store if trainer.world_size > 1 else None,
+                self.attempt,
+                self.is_current,
+            )
+
+    # -- taking up ---------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore this rank's random numbers and metrics, and what callbacks have kept."""
+        if self.resume is None:
+            return
+        reader = TensorReader(self.resume)
+        for piece in _pieces_of_callbacks(trainer):
+            if piece.name in reader:
+                reader.fill(piece)
+        saved = sorted(self.resume.glob(rank_file(0).replace("00000", "*")))
+        mine = saved[trainer.global_rank :: trainer.world_size]  # the same world size: exactly one's own
+        states = [torch.load(path, map_location="cpu", weights_only=True) for path in mine]
+        restore_metric_state(pl_module, [state["metrics"] for state in states])
+        continue_epoch(trainer, [state["logged"] for state in states])
+        if states:
+            restore_random_state(states[0]["random"])
+        self._saved_step = trainer.global_step
+
+    # -- when to write and when to stop ------------------------------------------------------------------------
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Checkpoint on schedule; checkpoint and stop where the ranks agreed to."""
+        if not batch["cursor"].last:
+            return
+        if self.saver.written:
+            self.finish(trainer)
+        step = trainer.global_step
+        decision = self.agreement.reached()
+        self._stopping, self._saving = decision == "stop", self._saving or decision == "save"
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            return  # the epoch's end follows, after validation: a checkpoint from here would skip it
+        every = self.options.every_n_steps
+        if self._stopping or self._saving or (every and step % every == 0):
+            self.save(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Stop before the next batch, once the last one's metrics are logged."""
+        if self._stopping:
+            raise Interrupted(self.agreement.reason)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note how good these weights are.
+
+        Raises:
+            UserError: ``checkpoint.monitor`` is not among what is logged.
+        """
+        self._validated_step = trainer.global_step
+        self._metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if (monitor := self.options.monitor) and monitor not in self._metrics:
+            raise UserError(
+                f"checkpoint.monitor={monitor}: the validation logs {', '.join(sorted(self._metrics))}"
+                f"{nearest(monitor, self._metrics) or '; use one of these'}"
+            )
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Checkpoint at the end of an epoch, after validation."""
+        if self._stopping or self._saving or (trainer.current_epoch + 1) % self.options.every_n_epochs == 0:
+            self.save(trainer, epoch_ended=True)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop between epochs, once the finished one's metrics are logged."""
+        if self._stopping:
+            raise Interrupted(self.agreement.reason)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make sure that the finished state is kept."""
+        self.save(trainer, epoch_ended=True)
+        self.finish(trainer)
+
+    # -- writing -----------------------------------------------------------------------------------------------
+
+    def save(self, trainer: Trainer, epoch_ended: bool = False) -> None:
+        """Begin to write a checkpoint on all ranks; wait until it is written where the run stops after it.
+
+        Args:
+            trainer: the trainer.
+            epoch_ended: whether the metrics' epoch is over: the next one begins with empty metrics.
+
+        Raises:
+            UserError: it failed and the run is stopping or has ended, so that nothing would come after it.
+            Superseded: a newer attempt of the run has started.
+        """
+        step, started, self._saving = trainer.global_step, time.monotonic(), False
+        self.pulse.mark("checkpoint", step)
+        self.finish(trainer)  # the one before: its buffer is needed
+        if step != self._saved_step and self.is_healthy():
+            self.saver.start(Job(step, self._files(trainer, epoch_ended), self._facts(trainer, epoch_ended)))
+            self._saved_step = step
+            if self._stopping or self.options.wait:
+                self.finish(trainer)
+            self.stalls_s.append(time.monotonic() - started)
+        self.pulse.mark("data")
+
+    def finish(self, trainer: Trainer) -> None:
+        """Wait for the checkpoint that is being written. Where it failed, the previous one stays and training goes on.
+
+        Raises:
+            UserError: it failed and the run is stopping or has ended.
+            Superseded: a newer attempt of the run has started.
+        """
+        outcome = self.saver.wait()
+        if not outcome:
+            return
+        step, self._saved_step = self._saved_step, -1
+        if outcome == SUPERSEDED:
+            raise Superseded("a newer attempt of this run has started: this one stops without writing")
+        kept = f"the previous checkpoint is kept; free space, then `paperscale resume {self.folder.parent.name}`"
+        message = f"checkpoint at step {step} not written: {outcome}; {kept}"
+        if self._stopping or trainer.fit_loop.done:
+            raise UserError(message)
+        self.say(f"WARNING {message}")
+
+    def _files(self, trainer: Trainer, epoch_ended: bool) -> Files:
+        """Copy what this rank writes."""
+        strategy: Any = trainer.strategy
+        assert isinstance(strategy, PortableStrategy)  # noqa: S101  the worker's choice
+        rank = trainer.global_rank
+        pieces = [*strategy.parameter_pieces(), *strategy.optimizer_pieces(), *_pieces_of_callbacks(trainer)]
+        written = [*to_write(pieces, rank, trainer.world_size), *(strategy.buffer_pieces() if rank == 0 else [])]
+        own = {
+            "random": random_state(),
+            "metrics": {} if epoch_ended else metric_state(trainer.lightning_module),
+            "logged": {} if epoch_ended else epoch_sums(trainer),
+        }
+        files: Files = {tensor_file(rank): self._buffer.take(written), rank_file(rank): [_serialised(own)]}
+        trainer.save_checkpoint(self.folder / STATE, weights_only=False)  # kept by the strategy, written here
+        if rank == 0:
+            files[STATE] = [_serialised(strategy.captured)]
+            files[RECIPE] = [self.recipe.encode()]
+        strategy.captured = None
+        return files
+
+    def _facts(self, trainer: Trainer, epoch_ended: bool) -> dict[str, Any]:
+        """Return the fields of the manifest."""
+        names = {id(p): name for name, p in trainer.lightning_module.named_parameters()}
+        tied = trainer.lightning_module.named_parameters(remove_duplicate=False)
+        return {
+            **self.facts,
+            "consumed": datamodule(trainer).consumed,
+            "world_size": trainer.world_size,
+            "epoch": trainer.current_epoch + epoch_ended,
+            "strategy": type(trainer.strategy).__name__,
+            "metrics": self._metrics if self._validated_step == trainer.global_step else {},
+            "aliases": {name: names[id(p)] for name, p in tied if names[id(p)] != name},
+        }
+
+
+def _pieces_of_callbacks(trainer: Trainer) -> Iterator[Piece]:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        yield from getattr(callback, "pieces", list)()
+
+
+def _serialised(state: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()

@@ -1,0 +1,97 @@
+"""FSDP2: weights, gradients and optimizer state are divided by rows, block by block."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+
+from paperscale.training.blocks import blocks
+from paperscale.training.pieces import piece_of
+from paperscale.training.strategies.portable import PortableStrategy
+
+_STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
+_REDUCED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+class FSDP2Strategy(PortableStrategy, ModelParallelStrategy):
+    """Lightning's strategy for FSDP2, which divides a paper's model without the paper's help.
+
+    Each repeated block (:func:`paperscale.training.blocks.blocks`) is gathered, computed and freed on its own; what is
+    left over belongs to the module itself. Under 16-bit mixed precision weights are gathered in 16 bits and gradients
+    are averaged in 32. A module with a ``configure_model`` of its own divides itself.
+
+    Args:
+        reshard_after_forward: free a block's gathered weights after its forward pass, and gather them again for the
+            backward pass; ``False`` keeps them, as ZeRO stage 2 does.
+        offload: keep weights, gradients and optimizer state in the memory of the CPU.
+        initial: returns the value of a parameter or buffer of a model that was built on the meta device.
+    """
+
+    strategy_name = "fsdp"
+
+    def __init__(
+        self,
+        reshard_after_forward: bool = True,
+        offload: bool = False,
+        initial: Callable[[Tensor], Tensor] | None = None,
+    ):
+        super().__init__(tensor_parallel_size=1)
+        self.reshard_after_forward, self.offload, self.initial = reshard_after_forward, offload, initial
+
+    def setup_environment(self) -> None:
+        """Make the mesh of all processes, and let the module be divided where Lightning expects it."""
+        module = self.lightning_module
+        assert module is not None  # noqa: S101  connected before
+        self._data_parallel_size = self.world_size  # Lightning's default is the number of nodes
+        if not is_overridden("configure_model", module):
+            module.configure_model = functools.partial(self.divide, module)  # type: ignore[method-assign]
+        super().setup_environment()
+
+    def divide(self, module: LightningModule) -> None:
+        """Divide the module's blocks, then the rest of it; nothing where that is done."""
+        if isinstance(module, FSDPModule):
+            return
+        whole = {name: tensor for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+        dtype = _REDUCED.get(str(self.precision_plugin.precision))
+        policy = MixedPrecisionPolicy(dtype, torch.float32 if dtype else None, cast_forward_inputs=False)
+        settings: dict[str, Any] = {
+            "mesh": self.device_mesh["data_parallel"],
+            "mp_policy": policy,
+            "offload_policy": CPUOffloadPolicy() if self.offload else OffloadPolicy(),
+        }
+        for _, block in blocks(module):
+            fully_shard(block, reshard_after_forward=self.reshard_after_forward, **settings)
+        fully_shard(module, reshard_after_forward=False, **settings)
+        for name in _STEPS:
+            register_fsdp_forward_method(module, name)
+        if any(tensor.is_meta for tensor in whole.values()):
+            self._materialise(module, whole)
+
+    def _materialise(self, module: nn.Module, whole: dict[str, Tensor]) -> None:
+        """Give each process its rows, one tensor at a time."""
+        assert self.initial is not None  # noqa: S101  who builds on the meta device knows the values
+        module.to_empty(device="cpu" if self.offload else self.root_device)
+        with torch.no_grad():
+            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+                piece = piece_of(name, tensor)
+                piece.fill(self.initial(whole[name]).reshape(-1)[piece.start : piece.stop])
+
+    def setup(self, trainer: Trainer) -> None:
+        """Set up the optimizers for the divided weights."""
+        super().setup(trainer)
+        self.initial = None

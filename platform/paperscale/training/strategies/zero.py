@@ -1,0 +1,345 @@
+"""ZeRO: DeepSpeed divides optimizer state (stage 1), gradients (2) and weights (3) over the processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import Tensor, nn
+
+from paperscale.training.pieces import Piece, piece_of
+from paperscale.training.strategies.portable import (
+    PortableStrategy,
+    check_count,
+    is_piece,
+    merged_groups,
+    numbers_of,
+    settings_of,
+)
+from paperscale.training.tensorfile import TensorReader
+
+Place = Literal["cpu", "nvme"]
+_MB = 1 << 20
+
+
+@dataclass(frozen=True)
+class _Fragment:
+    """What a flat partition of this rank holds of one parameter: ``size`` elements from ``start`` on, at ``at``."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    flat: Tensor
+    at: int
+    size: int
+
+    def piece(self, name: str, flat: Tensor) -> Piece:
+        return Piece(name, self.shape, self.start, flat.detach().narrow(0, self.at, self.size))
+
+
+class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
+    """Lightning's DeepSpeed strategy, on CPUs as well.
+
+    Args:
+        stage: of ZeRO.
+        offload_optimizer: where the optimizer's state lies and is computed on, if not on the device.
+        offload_parameters: where the weights lie while they are not needed (stage 3).
+        nvme_path: folder of a local disk for ``nvme``.
+        bucket_mb: MiB of gradients that are reduced, and of weights that are gathered, at once.
+        overlap: reduce gradients while the backward pass goes on.
+        initial: returns the value of a parameter or buffer of a model that was built on the meta device.
+    """
+
+    def __init__(
+        self,
+        stage: Literal[1, 2, 3] = 2,
+        offload_optimizer: Place | None = None,
+        offload_parameters: Place | None = None,
+        nvme_path: str = "/local_nvme",
+        bucket_mb: int = 200,
+        overlap: bool = True,
+        initial: Callable[[Tensor], Tensor] | None = None,
+    ):
+        super().__init__(
+            stage=stage,
+            offload_optimizer=offload_optimizer is not None,
+            offload_optimizer_device=offload_optimizer or "cpu",
+            offload_parameters=offload_parameters is not None,
+            offload_params_device=offload_parameters or "cpu",
+            remote_device=offload_parameters,
+            nvme_path=nvme_path,
+            overlap_comm=overlap,
+            reduce_bucket_size=bucket_mb * _MB // 4,
+            allgather_bucket_size=bucket_mb * _MB // 4,
+        )
+        assert isinstance(self.config, dict)  # noqa: S101  made by Lightning from these
+        self.config["zero_force_ds_cpu_optimizer"] = False  # torch's own fused optimizers are as fast on CPUs
+        self.stage, self.initial = stage, initial
+        self._dropping = False
+
+    # -- DeepSpeed on CPUs: what Lightning admits on CUDA alone ------------------------------------------------
+
+    def setup_environment(self) -> None:
+        """Join the other processes."""
+        super(DeepSpeedStrategy, self).setup_environment()
+
+    def setup_distributed(self) -> None:
+        """Let DeepSpeed use the process group."""
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    @property
+    def root_device(self) -> torch.device:
+        """Return this process's device, with a number also on CPUs: DeepSpeed compares it."""
+        device = super().root_device
+        return torch.device("cpu", 0) if device.type == "cpu" else device
+
+    # -- construction ------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer) -> None:
+        """Divide the model; see to what DeepSpeed does not."""
+        assert self.lightning_module is not None  # noqa: S101
+        if any(t.is_meta for t in (*self.lightning_module.parameters(), *self.lightning_module.buffers())):
+            self._materialise(self.lightning_module)
+        super().setup(trainer)
+        self.initial = None
+        if self.optimizers:
+            self._share_norms()
+            self.zero.step = self._step(self.zero.step)
+
+    def _materialise(self, module: LightningModule) -> None:
+        """Give weights their values, one module at a time, and divide them at once."""
+        import deepspeed
+
+        assert self.initial is not None  # noqa: S101  who builds on the meta device knows the values
+        made: dict[int, nn.Parameter] = {}
+        self._init_config_if_needed()
+        for part in module.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None:
+                    if id(parameter) not in made:
+                        made[id(parameter)] = nn.Parameter(self.initial(parameter), parameter.requires_grad)
+                    part._parameters[name] = made[id(parameter)]
+            for name, buffer in part._buffers.items():
+                if buffer is not None:
+                    part._buffers[name] = self.initial(buffer)
+            if self.stage == 3 and not list(part.children()):
+                deepspeed.zero.Init(module=part, config_dict_or_path=self.config, remote_device=self.remote_device)
+
+    def _share_norms(self) -> None:
+        """Let optimizers that look at whole parameters (LAMB, LARS) know what their flat partitions hold."""
+        divide = getattr(self.zero.optimizer, "divide", None)
+        if divide is None:
+            return
+        from paperscale.nn.optimizers import Segment
+
+        numbers = {name: number for number, name in enumerate(self.parameter_names().values())}
+        segments: dict[Tensor, list[Segment]] = {flat: [] for flat in self._flats()}
+        for fragment in self._fragments():
+            segments[fragment.flat].append(Segment(fragment.at, fragment.at + fragment.size, numbers[fragment.name]))
+
+        def reduce(values: Tensor) -> Tensor:
+            dist.all_reduce(values)
+            return values
+
+        divide(segments, len(numbers), reduce)
+
+    # -- what lies where ---------------------------------------------------------------------------------------
+
+    @property
+    def zero(self) -> Any:
+        """Return DeepSpeed's optimizer, which holds the flat partitions."""
+        return self.deepspeed_engine.optimizer
+
+    def _flats(self) -> list[Tensor]:
+        return self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
+
+    def _groups_of_flats(self) -> list[int]:
+        """Return the parameter group of each flat partition."""
+        flats = range(len(self._flats()))
+        return [self.zero.sub_group_to_group_id[i] for i in flats] if self.stage == 3 else list(flats)
+
+    def _parameters_of_flats(self) -> list[list[nn.Parameter]]:
+        """Return the parameters that each flat partition holds something of, on this rank or another."""
+        return self.zero.fp16_groups if self.stage == 3 else self.zero.bit16_groups
+
+    def _fragments(self) -> Iterator[_Fragment]:
+        names = self.parameter_names()
+        for flat, parameters in zip(self._flats(), self._parameters_of_flats(), strict=True):
+            for parameter in parameters:
+                place = self._place_3(parameter) if self.stage == 3 else self._place(parameter)
+                if place is not None:
+                    shape = tuple(parameter.ds_shape if self.stage == 3 else parameter.shape)
+                    yield _Fragment(names[id(parameter)], shape, place[0], flat, *place[1:])
+
+    def _place(self, parameter: Any) -> tuple[int, int, int] | None:
+        """Return which elements this rank holds (first, position in the flat partition, number), stages 1 and 2."""
+        if (held := parameter._hp_mapping) is None:
+            return None
+        return held.lp_fragment_address.start, held.hp_fragment_address.start, held.hp_fragment_address.numel
+
+    def _place_3(self, parameter: Any) -> tuple[int, int, int] | None:
+        """Return the same for stage 3, where each parameter is divided evenly and padded at its end."""
+        _, at, padded = self.zero.grad_position[self.zero.get_param_id(parameter)]
+        start = padded * self.global_rank
+        size = min(padded, parameter.ds_numel - start)
+        return (start, at, size) if size > 0 else None
+
+    def parameter_pieces(self) -> list[Piece]:
+        """Return this rank's fp32 masters; weights that are not trained as the model holds them."""
+        assert self.lightning_module is not None  # noqa: S101
+        if not self.optimizers:
+            return [self._untrained(f"model/{name}", p) for name, p in self.lightning_module.named_parameters()]
+        masters = [fragment.piece(f"model/{fragment.name}", fragment.flat) for fragment in self._fragments()]
+        trained = {id(p) for parameters in self._parameters_of_flats() for p in parameters}
+        frozen = [(name, p) for name, p in self.lightning_module.named_parameters() if id(p) not in trained]
+        return [*masters, *(self._untrained(f"model/{name}", p) for name, p in frozen)]
+
+    def _untrained(self, name: str, parameter: Any) -> Piece:
+        if not hasattr(parameter, "ds_tensor"):
+            return piece_of(name, parameter)
+        padded = parameter.ds_tensor.ds_numel
+        start = min(padded * self.global_rank, parameter.ds_numel)
+        size = min(padded, parameter.ds_numel - start)
+        return Piece(name, tuple(parameter.ds_shape), start, parameter.ds_tensor.data.view(-1).narrow(0, 0, size))
+
+    def weights_changed(self) -> None:
+        """Copy the masters into the model's weights, and gather these."""
+        if not self.optimizers:
+            return
+        zero = self.zero
+        if self.stage < 3:
+            zero.update_lp_params()
+            return
+        zero._partition_all_parameters()
+        for number in range(len(self._flats())):
+            zero._reassign_or_swap_out_partitioned_parameters(number)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    # -- gradients ---------------------------------------------------------------------------------------------
+
+    def gradient_norm(self) -> Tensor:
+        """Return the 2-norm of all gradients before clipping, infinite if one of them is not finite."""
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        zero = self.zero
+        scaled = combine_grad_norm_groups(zero._get_norm_groups()) if self.stage == 3 else zero.scaled_global_norm()
+        norm = torch.as_tensor(scaled, dtype=torch.float32, device=self.root_device) / zero.loss_scale
+        return torch.where(norm < 0, torch.full_like(norm, float("inf")), norm)  # DeepSpeed says -1 for not finite
+
+    def drop_gradients(self) -> None:
+        """Let this optimizer step change nothing."""
+        self._dropping = True
+
+    def _step(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Return DeepSpeed's step, which drops gradients as it does itself when they overflow."""
+
+        def stepped() -> None:
+            if not self._dropping:
+                step()
+                return
+            self._dropping = False
+            zero = self.zero
+            zero.overflow = True
+            if self.stage == 3:
+                zero._pre_step()
+                zero._partition_all_parameters()
+                zero._overflow_clean_up(zero.loss_scale)
+                zero._post_step(set())
+                return
+            zero.zero_grad(set_to_none=True)
+            zero._release_preflattened_grad_buffers()
+            if zero.cpu_offload:
+                zero.reset_cpu_buffers()
+            for group in zero.averaged_gradients:
+                zero.averaged_gradients[group] = zero.all_grad_tensors[group] = None
+
+        return stepped
+
+    def loss_scale(self) -> dict[str, float] | None:
+        """Return DeepSpeed's scale of the loss under fp16."""
+        scaler = getattr(self.zero, "loss_scaler", None) if self.optimizers else None
+        if scaler is None or not hasattr(scaler, "cur_iter"):
+            return None
+        return {"scale": float(scaler.cur_scale), "good_steps": scaler.cur_iter - scaler.last_overflow_iter - 1}
+
+    def restore_loss_scale(self, saved: dict[str, float] | None) -> None:
+        """Continue with a scale of the loss that any strategy has found."""
+        scaler = getattr(self.zero, "loss_scaler", None)
+        if scaler is not None and hasattr(scaler, "cur_iter") and saved:
+            scaler.cur_scale = saved["scale"]
+            scaler.cur_iter = scaler.last_overflow_iter + 1 + int(saved["good_steps"])
+
+    # -- optimizer ---------------------------------------------------------------------------------------------
+
+    def optimizer_pieces(self) -> list[Piece]:
+        """Return what this rank holds of the optimizer's state."""
+        return [
+            fragment.piece(f"optimizer0/{fragment.name}/{key}", value)
+            for fragment in self._fragments()
+            for key, value in self.zero.optimizer.state.get(fragment.flat, {}).items()
+            if is_piece(value)
+        ]
+
+    def optimizer_settings(self) -> list[dict[str, Any]]:
+        """Return the optimizer's class, groups and numbers, as if it worked on the model's parameters."""
+        if not self.optimizers:
+            return []
+        names, base = self.parameter_names(), self.zero.optimizer
+        numbers = {
+            names[id(p)]: numbers_of(base.state.get(flat, {}))
+            for flat, parameters in zip(self._flats(), self._parameters_of_flats(), strict=True)
+            for p in parameters
+        }
+        groups = [
+            settings_of(group, held) for group, held in zip(base.param_groups, self._names_of_groups(), strict=True)
+        ]
+        return [{"class": type(base).__name__, "groups": groups, "numbers": numbers}]
+
+    def _names_of_groups(self) -> list[list[str]]:
+        """Return the names of each group's parameters, in the model's order."""
+        names = self.parameter_names()
+        order = {name: number for number, name in enumerate(names.values())}
+        held: list[list[str]] = [[] for _ in self.zero.optimizer.param_groups]
+        for group, parameters in zip(self._groups_of_flats(), self._parameters_of_flats(), strict=True):
+            held[group] += [names[id(p)] for p in parameters]
+        return [sorted(group, key=order.__getitem__) for group in held]
+
+    def restore_optimizers(self, reader: TensorReader, saved: list[dict[str, Any]]) -> None:
+        """Read the optimizer's state into the flat partitions.
+
+        Raises:
+            UserError: the optimizer is not that of the checkpoint.
+        """
+        check_count(reader, saved, 1)
+        settings, base = saved[0], self.zero.optimizer
+        names = self.parameter_names()
+        for group, merged in zip(
+            base.param_groups, merged_groups(reader, base, settings, self._names_of_groups()), strict=True
+        ):
+            group.update({key: value for key, value in merged.items() if key != "params"})
+        for flat, parameters in zip(self._flats(), self._parameters_of_flats(), strict=True):
+            held = [names[id(p)] for p in parameters]
+            keys = {key.rpartition("/")[2] for name in held for key in reader.names_of(f"optimizer0/{name}/")}
+            base.state[flat] = {key: torch.zeros_like(flat) for key in sorted(keys)}
+            for numbers in (settings["numbers"].get(name) for name in held[:1]):
+                base.state[flat].update(_as_kept_by(base, numbers or {}))
+        for fragment in self._fragments():
+            for key, value in base.state[fragment.flat].items():
+                if is_piece(value):
+                    reader.fill(fragment.piece(f"optimizer0/{fragment.name}/{key}", value))
+
+
+def _as_kept_by(optimizer: Any, numbers: dict[str, Any]) -> dict[str, Any]:
+    """Return an optimizer's numbers as its class keeps them: DeepSpeed's own count steps in integers."""
+    if not type(optimizer).__module__.startswith("deepspeed"):
+        return numbers
+    return {key: int(value) if isinstance(value, Tensor) else value for key, value in numbers.items()}

@@ -1,0 +1,195 @@
+"""Tensors of a checkpoint on disk: safetensors files of one-dimensional pieces, written by each rank on its own.
+
+``tensors-00000.safetensors`` holds each piece under its tensor's name, as a one-dimensional tensor; the file's metadata
+says which elements they are. Any reader of safetensors opens it, and none of them runs code from it. The data part of
+the file is one buffer that is filled on the step path and written later; reading takes only the bytes that are needed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from paperscale.errors import UserError
+from paperscale.training.pieces import Piece
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Types of elements, as safetensors names them."""
+_KEY = "paperscale"
+
+
+def tensor_file(rank: int) -> str:
+    """Return the name of the file that one rank writes."""
+    return f"tensors-{rank:05d}.safetensors"
+
+
+class Buffer:
+    """Memory that holds a rank's pieces while they are written, kept for the next checkpoint."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, pieces: Iterable[Piece]) -> list[memoryview | bytes]:
+        """Copy pieces and return the content of a file that holds them: its header and its data.
+
+        Raises:
+            ValueError: an element's type has no name in safetensors.
+        """
+        ordered = sorted(pieces, key=lambda piece: -piece.tensor.element_size())  # each begins at a multiple of its own
+        size = sum(piece.tensor.numel() * piece.tensor.element_size() for piece in ordered)
+        on_gpu = any(piece.tensor.is_cuda for piece in ordered)
+        if len(self._bytes) < size:
+            self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
+        at = 0
+        table: dict[str, Any] = {}
+        places: dict[str, list[Any]] = {}
+        for piece in ordered:
+            tensor = piece.tensor.detach()
+            end = at + tensor.numel() * tensor.element_size()
+            if tensor.dtype not in DTYPES:
+                raise ValueError(f"{piece.name}: elements of type {tensor.dtype} cannot be kept in a checkpoint")
+            self._bytes[at:end].view(tensor.dtype).view(tensor.shape).copy_(tensor, non_blocking=on_gpu)
+            table[piece.name] = {"dtype": DTYPES[tensor.dtype], "shape": [tensor.numel()], "data_offsets": [at, end]}
+            places[piece.name] = [list(piece.shape), piece.start]
+            at = end
+        if on_gpu:
+            torch.cuda.synchronize()
+        table["__metadata__"] = {"format": "pt", _KEY: json.dumps(places)}
+        return [header(table), memoryview(self._bytes[:size].numpy())]
+
+
+def header(table: dict[str, Any]) -> bytes:
+    """Return the first bytes of a safetensors file with these entries."""
+    text = json.dumps(table).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a checkpoint.
+
+    Attributes:
+        shape: of the tensor.
+        dtype: of its elements.
+        runs: ``(start, stop, file)`` of each piece, in order.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    runs: list[tuple[int, int, Path]] = field(default_factory=list)
+
+    @property
+    def numel(self) -> int:
+        """Return the number of elements."""
+        return torch.Size(self.shape).numel()
+
+
+class TensorReader:
+    """Reads the tensors of a checkpoint, any run of elements, whatever ranks have written them.
+
+    Args:
+        checkpoint: its folder.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+
+    def __init__(self, checkpoint: Path):
+        self.checkpoint = checkpoint
+        self.tensors: dict[str, Stored] = {}
+        self._open: dict[Path, Any] = {}
+        self._by_prefix: dict[str, list[str]] | None = None
+        for path in sorted(checkpoint.glob(tensor_file(0).replace("00000", "*"))):
+            self._index(path)
+        for stored in self.tensors.values():
+            stored.runs.sort()
+
+    def _index(self, path: Path) -> None:
+        dtypes = {name: dtype for dtype, name in DTYPES.items()}
+        try:
+            with path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                table = json.loads(file.read(size))
+            places = json.loads(table.pop("__metadata__")[_KEY])
+            for name, (shape, start) in places.items():
+                entry = table[name]
+                stored = self.tensors.setdefault(name, Stored(tuple(shape), dtypes[entry["dtype"]]))
+                stored.runs.append((start, start + entry["shape"][0], path))
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path}: not a readable file of tensors ({error}); restore it from a copy") from error
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def names_of(self, prefix: str) -> list[str]:
+        """Return the tensors of one parameter: the names that are ``prefix`` and a word."""
+        if self._by_prefix is None:
+            self._by_prefix = {}
+            for name in self.tensors:
+                self._by_prefix.setdefault(name[: name.rindex("/") + 1], []).append(name)
+        return self._by_prefix.get(prefix, [])
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return elements of a tensor, shape [stop - start].
+
+        Raises:
+            UserError: the checkpoint has no such tensor, or not all of these elements.
+        """
+        if name not in self.tensors:
+            raise UserError(f"{self.checkpoint} has no {name}; use the recipe that made it, or `fit --init-from`")
+        stored = self.tensors[name]
+        stop = stored.numel if stop is None else stop
+        out = torch.empty(stop - start, dtype=stored.dtype)
+        found = 0
+        for first, last, path in stored.runs:
+            low, high = max(first, start), min(last, stop)
+            if low < high:
+                out[low - start : high - start] = self._slice(path, name)[low - first : high - first]
+                found += high - low
+        if found != stop - start:
+            raise UserError(
+                f"{self.checkpoint}: {name} has {found:,} of the elements {start:,} to {stop:,}; a file is missing"
+            )
+        return out
+
+    def whole(self, name: str) -> Tensor:
+        """Return a tensor in its shape."""
+        return self.read(name).view(self.tensors[name].shape)
+
+    def fill(self, piece: Piece) -> None:
+        """Copy a piece's elements from the checkpoint into it.
+
+        Raises:
+            UserError: the checkpoint has no such tensor, or one of another shape.
+        """
+        if piece.name in self.tensors and self.tensors[piece.name].shape != piece.shape:
+            raise UserError(
+                f"{self.checkpoint}: {piece.name} has the shape {list(self.tensors[piece.name].shape)}, the model's is "
+                f"{list(piece.shape)}; use the recipe that made the checkpoint"
+            )
+        if piece.tensor.numel():
+            piece.fill(self.read(piece.name, piece.start, piece.stop))
+
+    def _slice(self, path: Path, name: str) -> Any:
+        if path not in self._open:
+            self._open[path] = safe_open(str(path), framework="pt")
+        return self._open[path].get_slice(name)
