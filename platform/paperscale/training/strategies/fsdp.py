@@ -21,7 +21,7 @@ from torch.distributed.fsdp import (
 )
 
 from paperscale.training.blocks import blocks
-from paperscale.training.pieces import piece_of
+from paperscale.training.pieces import Piece, piece_of
 from paperscale.training.strategies.portable import PortableStrategy
 
 _STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
@@ -66,7 +66,7 @@ class FSDP2Strategy(PortableStrategy, ModelParallelStrategy):
         """Divide the module's blocks, then the rest of it; nothing where that is done."""
         if isinstance(module, FSDPModule):
             return
-        whole = {name: tensor for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+        whole: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         dtype = _REDUCED.get(str(self.precision_plugin.precision))
         policy = MixedPrecisionPolicy(dtype, torch.float32 if dtype else None, cast_forward_inputs=False)
         settings: dict[str, Any] = {
@@ -95,3 +95,20 @@ class FSDP2Strategy(PortableStrategy, ModelParallelStrategy):
         """Set up the optimizers for the divided weights."""
         super().setup(trainer)
         self.initial = None
+
+    def parameter_names(self) -> dict[int, str]:
+        """Return the name of each divided parameter, by its id."""
+        self.weights_changed()
+        return super().parameter_names()
+
+    def parameter_pieces(self) -> list[Piece]:
+        """Return this rank's rows of the weights."""
+        self.weights_changed()
+        return super().parameter_pieces()
+
+    def weights_changed(self) -> None:
+        """Free gathered weights: what a forward pass without a backward pass has left is a copy of what was."""
+        assert self.lightning_module is not None  # noqa: S101
+        for module in self.lightning_module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()

@@ -54,7 +54,7 @@ class PortableStrategy(Strategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Keep what Lightning wants to save, with the optimizers' small state, for :class:`Checkpointing` to write."""
-        checkpoint[_OURS] = {"optimizers": self.optimizer_settings(), "loss_scale": self.loss_scale()}
+        checkpoint[_OURS] = {"optimizers": self.optimizer_settings(), "loss_scale": self.loss_scaling()}
         self.captured = checkpoint
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class PortableStrategy(Strategy):
         self.restore_weights(reader)
         if self.optimizers:
             self.restore_optimizers(reader, state[_OURS]["optimizers"])
-            self.restore_loss_scale(state[_OURS]["loss_scale"])
+            self.restore_loss_scaling(state[_OURS]["loss_scale"])
         return state
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -111,7 +111,7 @@ class PortableStrategy(Strategy):
     # -- gradients ---------------------------------------------------------------------------------------------
 
     def gradient_norm(self) -> Tensor:
-        """Return the 2-norm of all gradients before clipping, the same on all ranks; in ``on_before_optimizer_step``."""
+        """Return the 2-norm of all gradients before clipping; in ``on_before_optimizer_step``, on all ranks."""
         gradients = [p.grad for p in _trained(self.optimizers) if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -121,14 +121,14 @@ class PortableStrategy(Strategy):
         for parameter in _trained(self.optimizers):
             parameter.grad = None
 
-    def loss_scale(self) -> dict[str, float] | None:
+    def loss_scaling(self) -> dict[str, float] | None:
         """Return the scale of the loss under fp16, ``None`` without one."""
         scaler = getattr(self.precision_plugin, "scaler", None)
         if scaler is None:
             return None
         return {"scale": scaler.get_scale(), "good_steps": scaler.state_dict().get("_growth_tracker", 0)}
 
-    def restore_loss_scale(self, saved: dict[str, float] | None) -> None:
+    def restore_loss_scaling(self, saved: dict[str, float] | None) -> None:
         """Continue with a scale of the loss that any strategy has found."""
         scaler = getattr(self.precision_plugin, "scaler", None)
         if scaler is not None and saved:

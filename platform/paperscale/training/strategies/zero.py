@@ -11,6 +11,7 @@ import torch.distributed as dist
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from paperscale.training.pieces import Piece, piece_of
@@ -108,6 +109,8 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         assert self.lightning_module is not None  # noqa: S101
         if any(t.is_meta for t in (*self.lightning_module.parameters(), *self.lightning_module.buffers())):
             self._materialise(self.lightning_module)
+        if trainer.state.fn != TrainerFn.FITTING:
+            self.optimizers = []  # of the training before, which an evaluation does not set up again
         super().setup(trainer)
         self.initial = None
         if self.optimizers:
@@ -264,14 +267,14 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
 
         return stepped
 
-    def loss_scale(self) -> dict[str, float] | None:
+    def loss_scaling(self) -> dict[str, float] | None:
         """Return DeepSpeed's scale of the loss under fp16."""
         scaler = getattr(self.zero, "loss_scaler", None) if self.optimizers else None
         if scaler is None or not hasattr(scaler, "cur_iter"):
             return None
         return {"scale": float(scaler.cur_scale), "good_steps": scaler.cur_iter - scaler.last_overflow_iter - 1}
 
-    def restore_loss_scale(self, saved: dict[str, float] | None) -> None:
+    def restore_loss_scaling(self, saved: dict[str, float] | None) -> None:
         """Continue with a scale of the loss that any strategy has found."""
         scaler = getattr(self.zero, "loss_scaler", None)
         if scaler is not None and hasattr(scaler, "cur_iter") and saved:

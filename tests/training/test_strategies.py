@@ -1,0 +1,104 @@
+"""One recipe line picks the strategy; neither the losses nor the checkpoint depend on it."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from paperscale.training.tensorfile import TensorReader
+
+ALL = ("ddp", "fsdp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
+CLOSE = {"rtol": 0.0, "atol": 2e-5}
+"""Sums in another order differ in the last bits, and Adam's division enlarges that."""
+
+
+def train(folder: Path, world_size: int, jobs: list[dict[str, Any]]) -> list[list[float]]:
+    """Train one job after another in one group of processes; return each one's losses."""
+    (out := folder / "out.jsonl").unlink(missing_ok=True)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    rank = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("strategy_rank.py"))]
+    words = [str(world_size), str(port), str(folder), json.dumps(jobs)]
+    ranks = [
+        subprocess.Popen([*rank, str(r), *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for r in range(world_size)
+    ]
+    said = [process.communicate(timeout=280)[0] for process in ranks]
+    assert not any(process.returncode for process in ranks), "\n".join(said)[-4000:]
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+@pytest.fixture
+def job(tmp_path: Path, tiny_shards: Path):
+    def make(strategy: Any, steps: int, name: str = "", **settings: Any) -> dict[str, Any]:
+        save = tmp_path / (name or str(strategy))
+        return {"strategy": strategy, "steps": steps, "data": str(tiny_shards), "save": str(save), **settings}
+
+    return make
+
+
+def at(folder: Path, step: int) -> str:
+    return str(folder / f"step-{step:08d}")
+
+
+def tensors(checkpoint: str) -> dict[str, torch.Tensor]:
+    reader = TensorReader(Path(checkpoint))
+    return {name: reader.whole(name).float() for name in sorted(reader.tensors)}
+
+
+def assert_close(first: list[float], second: list[float], what: Any = "") -> None:
+    torch.testing.assert_close(torch.tensor(first), torch.tensor(second), **CLOSE, msg=lambda text: f"{what}: {text}")
+
+
+def test_a_checkpoint_is_continued_by_any_strategy(tmp_path, job):
+    jobs = [job("ddp", 12, "whole"), job("ddp", 5, "0-ddp")]
+    chain = ["deepspeed_zero2", "fsdp", "deepspeed_zero3", "deepspeed_zero1", "ddp"]
+    before, step = "0-ddp", 5
+    for number, strategy in enumerate(chain, 1):
+        name = f"{number}-{strategy}"
+        last = step + 1 if number < len(chain) else 12
+        jobs.append(job(strategy, last, name, resume=at(tmp_path / before, step)))
+        before, step = name, last
+    whole, *parts = train(tmp_path, 2, jobs)
+    assert_close([loss for part in parts for loss in part], whole)
+    first, last = tensors(at(tmp_path / "whole", 12)), tensors(at(tmp_path / before, 12))
+    assert first.keys() == last.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(last[name], tensor, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.slow
+def test_losses_agree_over_50_steps(tmp_path, job):
+    losses = train(tmp_path, 2, [job(strategy, 50) for strategy in ALL])
+    for strategy, found in zip(ALL, losses, strict=True):
+        assert len(found) == 50
+        assert_close(found, losses[0], strategy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed_zero2", "deepspeed_zero3"])
+def test_accumulation_does_not_change_the_losses(tmp_path, job, strategy):
+    by_micro = {size: train(tmp_path, 2, [job(strategy, 20, f"{size}", micro_batch_size=size)])[0] for size in (16, 8, 4)}
+    alone = train(tmp_path, 1, [job(strategy, 20, "alone", micro_batch_size=8)])[0]
+    for size, losses in by_micro.items():
+        assert_close(losses, by_micro[16], f"micro batches of {size}")
+    assert_close(alone, by_micro[16], "one process")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_strategy_continues_every_other_at_any_world_size(tmp_path, job, world_size):
+    whole, *_ = train(tmp_path, 2, [job(strategy, 8 if n else 12, f"of-{strategy}") for n, strategy in enumerate(ALL)])
+    pairs = [(first, second) for first in ALL for second in ALL]
+    jobs = [job(b, 12, f"{a}-{b}", resume=at(tmp_path / f"of-{a}", 5)) for a, b in pairs]
+    for (first, second), losses in zip(pairs, train(tmp_path, world_size, jobs), strict=True):
+        assert_close(losses, whole[5:], (first, second))
+        if first == second == "ddp" and world_size == 2:
+            assert losses == whole[5:], "the same strategy and world size: to the bit"
