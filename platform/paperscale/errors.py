@@ -27,6 +27,10 @@ BAD_NODE = 78
 """A node did not pass the preflight; run the same job again without it."""
 SUPERSEDED = 79
 """A newer attempt has taken over the run; this one ends without a trace."""
+ROLLBACK = 80
+"""Training went wrong; run the same job again, which passes over the samples it went wrong on."""
+OUT_OF_MEMORY = 81
+"""A forward pass did not fit into memory; run the same job again, which divides the batch further."""
 
 
 class UserError(Exception):
@@ -47,6 +51,20 @@ class LostRank(Exception):
 
 class Superseded(Exception):
     """A newer attempt has taken over the run: this one must neither write nor ask to be run again."""
+
+
+class RolledBack(Exception):
+    """Raised on every rank at the same step: the run goes back to its last checkpoint and passes over some samples.
+
+    Args:
+        message: what has happened.
+        start: samples consumed where those begin that are passed over.
+        stop: samples consumed where they end.
+    """
+
+    def __init__(self, message: str, start: int, stop: int):
+        super().__init__(message)
+        self.start, self.stop = start, stop
 
 
 _OF_THE_DISK = {

@@ -107,6 +107,12 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
+def split_override(word: str) -> tuple[str, str] | None:
+    """Return key and value of ``key=value``, ``None`` for anything else."""
+    match = _OVERRIDE.match(word)
+    return (match[1], match[2]) if match else None
+
+
 @dataclass(frozen=True)
 class RecipeArguments:
     """A recipe, the overlays merged over it, and the values set on the command line, in order."""
@@ -124,8 +130,8 @@ class RecipeArguments:
         """
         paths, overrides = [], []
         for word in words:
-            if match := _OVERRIDE.match(word):
-                overrides.append((match[1], match[2]))
+            if override := split_override(word):
+                overrides.append(override)
             else:
                 paths.append(find(word))
                 read(paths[-1])

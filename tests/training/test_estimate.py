@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from paperscale.papers.resnet import ResNetClassifier
 from paperscale.recipes import RecipeArguments
-from paperscale.training.estimate import Estimate, estimate, gib, sharding
+from paperscale.training.estimate import Estimate, estimate, gib
 from paperscale.training.recipe import RecipeCLI
+from paperscale.training.sharding import sharding
 
 
 class WithAdam(ResNetClassifier):
@@ -123,27 +124,49 @@ def test_the_state_of_an_optimizer_is_what_it_makes_in_a_step(tiny_recipe, fused
 def test_zero_divides_what_its_stage_says(tiny_recipe):
     cli = recipe(tiny_recipe)
     whole = estimate(cli, 4)
-    parts = [estimate(cli, 4, strategy=f"zero{stage}") for stage in (1, 2, 3)]
+    parts = [estimate(cli, 4, strategy=f"deepspeed_zero{stage}") for stage in (1, 2, 3)]
     assert [p.optimizer for p in parts] == [-(-whole.optimizer // 4)] * 3
     assert [p.gradients for p in parts] == [whole.gradients, -(-whole.gradients // 4), -(-whole.gradients // 4)]
     assert [p.parameters for p in parts] == [whole.parameters, whole.parameters, -(-whole.parameters // 4)]
-    mixed = estimate(recipe(tiny_recipe, "trainer.precision=bf16-mixed"), 1, strategy="zero1")
+    assert "whole weights of the blocks" in parts[2].unknown[0]
     weights = whole.count
-    assert (mixed.parameters, mixed.gradients, mixed.optimizer) == (2 * weights, 2 * weights, 8 * weights)
+    for precision in ("bf16-mixed", "bf16-true"):  # DeepSpeed keeps 32-bit weights in either
+        half = estimate(recipe(tiny_recipe, f"trainer.precision={precision}"), 1, strategy="deepspeed_zero1")
+        assert (half.parameters, half.gradients, half.optimizer) == (2 * weights, 2 * weights, 8 * weights)
+
+
+def test_fsdp_divides_everything_and_keeps_32_bit_weights(tiny_recipe):
+    weights = estimate(recipe(tiny_recipe), 1).count
+    found = estimate(recipe(tiny_recipe, "trainer.precision=bf16-mixed", "trainer.strategy=fsdp"), 4)
+    assert (found.strategy, found.buckets) == ("fsdp", 0)
+    assert (found.parameters, found.gradients, found.optimizer) == (weights,) * 3
+
+
+def test_what_lies_on_the_cpu_is_not_of_the_gpu(tiny_recipe):
+    cli = recipe(tiny_recipe)
+    whole = estimate(cli, 4)
+    second = estimate(cli, 4, strategy="deepspeed_zero2_offload")
+    assert (second.parameters, second.gradients, second.optimizer) == (whole.parameters, 0, 0)
+    assert estimate(cli, 4, strategy="deepspeed_zero3_offload").certain == whole.buffers
+    zero = "{class_path: paperscale.training.strategies.ZeroStrategy, init_args: {stage: 3, offload_optimizer: cpu}}"
+    found = estimate(recipe(tiny_recipe, f"trainer.strategy={zero}"), 4)
+    assert (found.strategy, found.optimizer, found.parameters) == ("ZeroStrategy", 0, -(-whole.parameters // 4))
 
 
 @pytest.mark.parametrize(
-    ("name", "divides"),
+    ("name", "processes", "shown", "divided"),
     [
-        ("auto", "ddp"),
-        ("ddp", "ddp"),
-        ("deepspeed", "zero2"),
-        ("deepspeed_stage_3_offload", "zero3"),
-        ("fsdp", "zero3"),
+        ("ddp", 1, "single", 0),
+        ("auto", 2, "ddp", 0),
+        ("ddp_find_unused_parameters_true", 2, "ddp_find_unused_parameters_true", 0),
+        ("deepspeed_zero1", 2, "deepspeed_zero1", 1),
+        ("deepspeed_zero3_nvme", 2, "deepspeed_zero3_nvme", 3),
+        ("fsdp", 2, "fsdp", 3),
     ],
 )
-def test_what_a_strategy_divides(name, divides):
-    assert sharding(name) == divides
+def test_what_a_strategy_divides(name, processes, shown, divided):
+    found = sharding(name, processes)
+    assert (found.name, len(found.divided)) == (shown, divided)
 
 
 def test_a_model_that_looks_at_values_is_said_to_be_unknown(tiny_recipe):

@@ -5,15 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import os
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import date
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -21,12 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from paperscale.assets import PACKAGE
+from paperscale.bench.ranks import run_ranks
 from paperscale.bench.report import OURS, hardware, spread
-from paperscale.errors import FINISHED, UserError
+from paperscale.errors import FINISHED
 
 WORLD_SIZE = 2
-_LIMIT_S = 120.0  # of a training, or of the imports
 _NONE, _LOOK = "none", "look"
 WAYS = {
     "lightning": "Lightning as it comes, a broadcast",
@@ -128,55 +121,14 @@ def measure(rounds: int, steps: int, progress: Callable[[int], None] = lambda do
     Raises:
         UserError: a rank does not get to its end.
     """
-    with tempfile.TemporaryDirectory(prefix="paperscale-bench-") as name:
-        folder = Path(name)
-        ranks = [_start(folder, rank, rounds, steps) for rank in range(WORLD_SIZE)]
-        try:
-            _wait(ranks, folder, progress)
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
-        rows = [_rows(folder, rank) for rank in range(WORLD_SIZE)]
+    module = "paperscale.bench.interruption_rank"
+    rows = run_ranks(module, WORLD_SIZE, [str(rounds), str(steps)], threads=1, progress=progress)
     walls: dict[str, list[float]] = {way: [] for way in WAYS}
     cpus: dict[str, list[float]] = {way: [] for way in WAYS}
     for row in zip(*rows, strict=True):
         walls[row[0]["way"]].append(row[0]["wall_us"])
         cpus[row[0]["way"]].append(sum(rank["cpu_us"] for rank in row))
     return Results(rounds, steps, rows[0][0]["device"], walls, cpus)
-
-
-def _start(folder: Path, rank: int, rounds: int, steps: int) -> subprocess.Popen[bytes]:
-    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD_SIZE, "OMP_NUM_THREADS": 1}
-    path = os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    environment = {**os.environ, **{name: str(value) for name, value in variables.items()}, "PYTHONPATH": path}
-    command = [sys.executable, "-m", "paperscale.bench.interruption_rank", str(folder), str(rounds), str(steps)]
-    with (folder / f"{rank}.jsonl").open("wb") as out, (folder / f"{rank}.log").open("wb") as log:
-        return subprocess.Popen(command, stdout=out, stderr=log, env=environment)
-
-
-def _wait(ranks: Sequence[subprocess.Popen[bytes]], folder: Path, progress: Callable[[int], None]) -> None:
-    """Wait for all ranks; one that fails, or none that moves on, is the end."""
-    done, deadline = 0, time.monotonic() + _LIMIT_S
-    while True:
-        codes = [rank.poll() for rank in ranks]
-        if any(codes) or time.monotonic() > deadline:
-            number = next((rank for rank, code in enumerate(codes) if code), 0)
-            lines = (folder / f"{number}.log").read_text().strip().splitlines() or ["no reason given"]
-            what = (
-                f"ended with exit code {codes[number]}" if codes[number] else f"has not moved on for {_LIMIT_S:.0f} s"
-            )
-            raise UserError(f"rank {number} of the benchmark {what}: {lines[-1]}; run it again, alone on the machine")
-        if all(code == 0 for code in codes):
-            return
-        if (now := (folder / "0.jsonl").read_bytes().count(b"\n")) > done:
-            done, deadline = now, time.monotonic() + _LIMIT_S
-            progress(done)
-        time.sleep(0.1)
-
-
-def _rows(folder: Path, rank: int) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / f"{rank}.jsonl").read_text().splitlines()]
 
 
 # -- the report ----------------------------------------------------------------------------------------------

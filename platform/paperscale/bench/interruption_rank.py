@@ -2,13 +2,12 @@
 
     RANK=0 WORLD_SIZE=2 python -m paperscale.bench.interruption_rank FOLDER ROUNDS STEPS
 
-Rank 0 leaves the port of the store in ``FOLDER/port``. Every rank prints a line of JSON for each training:
+Rank 0 leaves the port of the store in ``FOLDER/port``. Every rank writes a line of JSON for each training:
 ``{"way": ..., "device": ..., "wall_us": ..., "cpu_us": ...}``, times of a step.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -27,6 +26,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 
+from paperscale.bench.ranks import emit
 from paperscale.jobs.environment import JobEnvironment
 from paperscale.training.interruption import StopAgreement, take_over_signals
 
@@ -236,7 +236,7 @@ def main(folder: Path, rounds: int, steps: int) -> None:
         first = number % len(todo)
         for name, way in [*todo[first:], *todo[:first], ("look", ways.look)]:
             dist.barrier()
-            print(json.dumps({"way": name, "device": where, **way()}), flush=True)
+            emit(folder, {"way": name, "device": where, **way()})
     dist.barrier()
     dist.destroy_process_group()
 

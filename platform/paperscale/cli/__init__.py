@@ -14,7 +14,7 @@ from paperscale.cli import cluster, data, jobs, others, training
 from paperscale.cli.options import Command, Parser
 from paperscale.errors import FINISHED, USER_ERROR, UserError, describe, is_users_mistake, nearest
 
-_OPEN_ENDED = ("fit", "validate", "test", "predict", "submit")  # take a recipe's keys as options
+_OPEN_ENDED = ("fit", "validate", "test", "predict", "submit", "resume", "lr-find")  # take a recipe's keys as options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +19,11 @@ from paperscale.cli.options import (
     find,
     position,
     positive,
+    print_json,
     run_argument,
     shape_options,
+    strategy_option,
+    with_strategy,
 )
 from paperscale.errors import FAILED, FINISHED, UserError
 from paperscale.jobs.faults import FAULTS
@@ -38,9 +40,13 @@ _SORTS = ("created", "name", "recipe", "cluster", "state", "attempts", "step", "
 
 def add_commands(add: Add) -> None:
     """Add the commands."""
-    resume = add("resume", run_resume, "continue a run that was stopped, on the same or another number of nodes")
+    resume = add("resume", run_resume, "continue a run, on another number of nodes or with another strategy if asked")
     run_argument(resume)
+    help = "train longer (trainer.max_epochs, trainer.max_steps), or in other micro-batches (data.micro_batch_size)"
+    resume.add_argument("changes", nargs="*", metavar="key=value", help=help)
     shape_options(resume)
+    strategy_option(resume, "the run's")
+    resume.add_argument("--json", action="store_true", help="print run and job as JSON")
     _add_runs(add("runs", run_runs, "list the runs"))
     status = add("status", run_status, "show what a run is doing")
     run_argument(status)
@@ -126,11 +132,16 @@ def run_resume(args: argparse.Namespace) -> int:
     asked = Shape(
         nodes=args.nodes, procs_per_node=args.procs_per_node, gpus_per_node=args.gpus_per_node, time=args.time
     )
-    code = resume(run, asked)
-    if code is None:
+    if args.json and run.info.engine == "here":
+        raise UserError(f"--json: run '{run.name}' trains here, and its log is what is printed; leave --json out")
+    code = resume(run, asked, with_strategy(args.changes, args))
+    if code is not None:
+        return code
+    if args.json:
+        print_json({"run": run.name, "job": run.job})
+    else:
         print(f"resumed {run.name} as job {run.job}; follow it with `paperscale logs {run.name} -f`")
-        return FINISHED
-    return code
+    return FINISHED
 
 
 def run_runs(args: argparse.Namespace) -> int:
@@ -152,7 +163,7 @@ def run_runs(args: argparse.Namespace) -> int:
     )
     rows, total = listing(wanted)
     if args.json:
-        _print_json([row.to_json() for row in rows])
+        print_json([row.to_json() for row in rows])
     elif not rows:
         fits = "" if wanted == Wanted(limit=wanted.limit) else " that fit"
         print(f"no runs{fits} in {runs_dir()}; `paperscale submit resnet20-mnist` makes one", file=sys.stderr)
@@ -191,7 +202,7 @@ def run_status(args: argparse.Namespace) -> int:
 
     facts = report(find(args), verify=args.verify)
     if args.json:
-        _print_json(facts)
+        print_json(facts)
         return FINISHED
     for name, value in lines(facts):
         print(f"{name:14} {value}")
@@ -206,7 +217,7 @@ def run_watch(args: argparse.Namespace) -> int:
 
     chosen = _find_all(args.run_names)
     if args.json:
-        _print_json([report(run) for run in chosen or live_runs()])
+        print_json([report(run) for run in chosen or live_runs()])
     else:
         watch(chosen, args.once)
     return FINISHED
@@ -233,7 +244,7 @@ def run_checkpoint(args: argparse.Namespace) -> int:
     run = find(args)
     name = save(run, args.timeout, _tell)
     if args.json:
-        _print_json({"run": run.name, "checkpoint": name})
+        print_json({"run": run.name, "checkpoint": name})
     else:
         print(f"{run.name} has written {name}")
     return FINISHED
@@ -276,7 +287,7 @@ def _say_cancelled(done: list[dict[str, Any]], as_json: bool) -> int:
     """
     errors = [one["error"] for one in done if one["error"]]
     if as_json:
-        _print_json(done)
+        print_json(done)
         return FAILED if errors else FINISHED
     if len(done) == 1 and errors:
         raise UserError(errors[0])
@@ -305,7 +316,7 @@ def run_diff(args: argparse.Namespace) -> int:
         return FINISHED
     found = diff(first, second)
     if args.json:
-        _print_json(found)
+        print_json(found)
         return FINISHED
     for part in ("recipe", "cluster", "code", "results"):
         for row in found[part]:
@@ -342,7 +353,7 @@ def run_drill(args: argparse.Namespace) -> int:
         if not args.json:
             print(seen)
         elif isinstance(seen, Recovery):
-            _print_json(dataclasses.asdict(seen))
+            print_json(dataclasses.asdict(seen))
     return FINISHED
 
 
@@ -369,16 +380,3 @@ def _in_group(group: str) -> list[Run]:
 def _tell(line: str) -> None:
     """Say what is waited for, without mixing it into the output."""
     print(line, file=sys.stderr, flush=True)
-
-
-def _print_json(content: Any) -> None:
-    """Print JSON as every reader takes it: a number that is not finite, which JSON has not, becomes null."""
-    print(json.dumps(_finite(content), indent=1))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value

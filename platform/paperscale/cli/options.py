@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import shlex
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -53,6 +55,19 @@ def shape_options(parser: Parser) -> None:
     parser.add_argument("--procs-per-node", type=positive, help="processes on each node (default: one per GPU)")
     parser.add_argument("--gpus-per-node", type=positive, help="GPUs of each node")
     parser.add_argument("--time", help="time limit of an attempt, such as 02:30:00")
+
+
+def strategy_option(parser: Parser, default: str = "the recipe's") -> None:
+    """Add the strategy."""
+    from paperscale.training.strategies import NAMES
+
+    help = f"how processes share the work (default: {default}): {', '.join(NAMES)}"
+    parser.add_argument("--strategy", metavar="NAME", help=help).completer = complete_strategies  # type: ignore[attr-defined]
+
+
+def with_strategy(words: list[str], args: argparse.Namespace) -> list[str]:
+    """Return the recipe's words with the strategy that was asked for by its option."""
+    return [*words, f"trainer.strategy={args.strategy}"] if args.strategy else words
 
 
 def position(text: str, least: int = 0) -> int:
@@ -109,6 +124,13 @@ def complete_states(prefix: str, **_: Any) -> list[str]:
     return [f"{given},{state}" if given else state for state in STATES]
 
 
+def complete_strategies(prefix: str, **_: Any) -> list[str]:
+    """Return the names of strategies."""
+    from paperscale.training.strategies import NAMES
+
+    return list(NAMES)
+
+
 def complete_clusters(prefix: str, **_: Any) -> list[str]:
     """Return the names of profiles."""
     from paperscale.jobs.profile import all_profiles
@@ -146,3 +168,16 @@ def print_table(columns: list[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     console().print(table)
+
+
+def print_json(content: Any) -> None:
+    """Print JSON as every reader takes it: a number that is not finite, which JSON has not, becomes null."""
+    print(json.dumps(_finite(content), indent=1))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from paperscale.cli.options import (
@@ -29,6 +30,7 @@ def add_commands(add: Add) -> None:
     doctor.add_argument("--cluster", help="profile that must work").completer = complete_clusters  # type: ignore[attr-defined]
     doctor.add_argument("--data", metavar="DIR", help="set of shards to verify, a folder or a URL")
     doctor.add_argument("--quick", action="store_true", help="leave out imports, speeds and W&B's server")
+    doctor.add_argument("--build", action="store_true", help="compile DeepSpeed's operators for this machine first")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.epilog = "Exit code: 0 if all is well, 1 with warnings, 2 with failures."
     demo = add("demo", run_demo, "see it all: prepare MNIST, submit, interrupt, resume, finish")
@@ -62,6 +64,13 @@ def _add_bench(bench: Parser) -> None:
         "--out", type=Path, metavar="DIR", help="write interruption.md and interruption.json there"
     )
     interruption.set_defaults(run=run_bench_interruption)
+    help = "what a framework and its metrics add to a training step"
+    step = actions.add_parser("step", help=help, allow_abbrev=False)
+    step.add_argument("--rounds", type=positive, default=9, help="rounds of every way (default 9)")
+    step.add_argument("--quick", action="store_true", help="one round of 3 steps: does it work?")
+    step.add_argument("--json", action="store_true", help="print the results as JSON instead of tables")
+    step.add_argument("--out", type=Path, metavar="DIR", help="write step.md and step.json there")
+    step.set_defaults(run=run_bench_step)
 
 
 def run_recipes(args: argparse.Namespace) -> int:
@@ -113,11 +122,22 @@ def run_bench_interruption(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def run_bench_step(args: argparse.Namespace) -> int:
+    """Measure what is added to a step."""
+    from paperscale.bench.step import run
+
+    return run(args)
+
+
 def run_doctor(args: argparse.Namespace) -> int:
     """Check the machine: exit 0 all well, 1 with warnings, 2 with failures."""
     from paperscale.doctor import Asked, checks
     from paperscale.findings import print_findings
 
+    if args.build:
+        from paperscale.training.operators import build_useful
+
+        build_useful(lambda line: print(line, file=sys.stderr, flush=True))
     return print_findings(checks(Asked(args.cluster, args.data, args.quick)), args.json)
 
 

@@ -13,9 +13,12 @@ from paperscale.cli.options import (
     complete_recipes,
     complete_runs,
     positive,
+    print_json,
     recipe_argument,
     shape_options,
+    strategy_option,
     typed,
+    with_strategy,
 )
 from paperscale.errors import FINISHED, UserError
 
@@ -30,6 +33,7 @@ def add_commands(add: Add) -> None:
     fit = add("fit", run_fit, "train a recipe here, in the foreground")
     recipe_argument(fit, f"{keys}; every key of --print_config can be set, also as --key value", complete_recipes)
     fit.add_argument("--name", help="name of the run (default: the recipe's)")
+    strategy_option(fit)
     fit.add_argument("--print_config", action="store_true", help="print the resolved configuration and exit")
     for name, what in (("validate", "score the validation split"), ("test", "score the test split")):
         recipe_argument(
@@ -37,13 +41,23 @@ def add_commands(add: Add) -> None:
         )
     predict = add("predict", run_evaluate, "write the predictions of a run's checkpoint for the test split")
     recipe_argument(_checkpoint_option(predict), f"RUN or {keys}")
+    rate = add("lr-find", run_lr_find, "find a learning rate for a recipe, here, in a hundred steps")
+    recipe_argument(rate, keys, complete_recipes)
+    rate.add_argument("--min-lr", type=float, default=1e-8, help="learning rate of the first step (default: 1e-8)")
+    rate.add_argument("--max-lr", type=float, default=1.0, help="learning rate of the last step (default: 1)")
+    rate.add_argument("--steps", type=positive, default=100, help="optimizer steps (default: 100)")
+    rate.add_argument("--svg", type=Path, metavar="FILE", help="write the curve as a picture")
     submit = add("submit", run_submit, "submit a recipe to a cluster")
     recipe_argument(submit, keys, complete_recipes)
     shape_options(submit)
+    strategy_option(submit)
     submit.add_argument("--cluster", default="local", help="profile of the cluster (default: local)").completer = (  # type: ignore[attr-defined]
         complete_clusters
     )
     submit.add_argument("--name", help="name of the run, or of the sweep (default: the recipe's)")
+    submit.add_argument(
+        "--json", action="store_true", help="print run and job as JSON, of a sweep group, runs and jobs"
+    )
     submit.add_argument("--dry-run", action="store_true", help="print the job script; submit nothing")
     submit.add_argument(
         "--sweep",
@@ -73,11 +87,22 @@ def _name(args: argparse.Namespace) -> str | None:
     return args.name
 
 
+def _words(args: argparse.Namespace) -> list[str]:
+    """Return the recipe's words, the strategy included.
+
+    Raises:
+        UserError: it is set twice.
+    """
+    if args.strategy and any(word.lstrip("-").startswith("trainer.strategy") for word in args.recipe):
+        raise UserError("--strategy and trainer.strategy set the same key; leave one of the two out")
+    return with_strategy(args.recipe, args)
+
+
 def run_fit(args: argparse.Namespace) -> int:
     """Train here."""
     from paperscale.recipes import RecipeArguments
 
-    recipe = RecipeArguments.parse(args.recipe)
+    recipe = RecipeArguments.parse(_words(args))
     if args.print_config:
         from paperscale.training.recipe import RecipeCLI
 
@@ -86,6 +111,25 @@ def run_fit(args: argparse.Namespace) -> int:
     from paperscale.jobs.foreground import fit
 
     return fit(recipe, _name(args), typed(args))
+
+
+def run_lr_find(args: argparse.Namespace) -> int:
+    """Find a learning rate; leaves no run behind."""
+    from paperscale.recipes import RecipeArguments
+    from paperscale.training import lr_finder
+    from paperscale.training.recipe import RecipeCLI
+
+    recipe = RecipeArguments.parse(args.recipe)
+    cli = RecipeCLI(recipe.to_cli())
+    found = lr_finder.find_rate(cli, args.min_lr, args.max_lr, args.steps)
+    print(lr_finder.as_text(found))
+    if args.svg:
+        args.svg.write_text(lr_finder.as_svg(found, recipe.recipe.stem))
+        print(f"picture: {args.svg}")
+    if not found.diverged:
+        print(f"the loss did not diverge up to {found.rates[-1]:g}: a larger --max-lr may find more")
+    print(f"{lr_finder.key_of_rate(cli)}={found.rate:.2e}")
+    return FINISHED
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
@@ -114,8 +158,10 @@ def run_submit(args: argparse.Namespace) -> int:
     from paperscale.jobs.submit import Shape, Turn, submit
     from paperscale.recipes import RecipeArguments
 
+    if args.json and args.dry_run:
+        raise UserError("--json and --dry-run: a dry run prints the job script; leave one of the two out")
     shape = Shape(args.cluster, args.nodes, args.procs_per_node, args.gpus_per_node, args.time)
-    recipe, turn = RecipeArguments.parse(args.recipe), Turn(args.after, args.repeat)
+    recipe, turn = RecipeArguments.parse(_words(args)), Turn(args.after, args.repeat)
     if args.sweep:
         return _submit_sweep(args, recipe, shape, turn)
     if args.max_parallel:
@@ -123,6 +169,9 @@ def run_submit(args: argparse.Namespace) -> int:
     result = submit(recipe, shape, _name(args), args.dry_run, typed(args), turn)
     if isinstance(result, str):
         print(result, end="")
+        return FINISHED
+    if args.json:
+        print_json({"run": result.name, "job": result.job})
         return FINISHED
     print(f"submitted {result.name} to {args.cluster} as job {result.job}")
     print(f"  paperscale logs {result.name} -f      follow it")
@@ -138,6 +187,9 @@ def _submit_sweep(args: argparse.Namespace, recipe: RecipeArguments, shape: Shap
     )
     if isinstance(result, str):
         print(result, end="")
+        return FINISHED
+    if args.json:
+        print_json({"group": result.name, "runs": [run.name for run in result.runs], "jobs": list(result.jobs)})
         return FINISHED
     by = f" as array {', '.join(result.jobs)}" if result.jobs else ""
     bound = f", at most {result.at_most} at once" if result.at_most else ""

@@ -32,8 +32,11 @@ class Batches(Protocol):
     def mass(self, epoch: int, start: int, stop: int) -> int:
         """Return what a mean over the positions' loss is over: samples, or tokens."""
 
-    def steps(self) -> int | None:
-        """Return the number of global batches of an epoch; ``None`` where epochs differ."""
+    def steps(self, epoch: int, start: int, stop: int) -> int | None:
+        """Return the number of global batches from ``start``, where one begins, to ``stop``, where one ends.
+
+        ``None`` where that is not known before they are made.
+        """
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,9 @@ class FixedBatches:
         """Return the number of samples."""
         return stop - start
 
-    def steps(self) -> int:
-        """Return the number of global batches of an epoch."""
-        return -(-self.samples // self.size)
+    def steps(self, epoch: int, start: int, stop: int) -> int | None:
+        """Return the number of global batches from ``start``, where one begins, to ``stop``, where one ends."""
+        return -(-(stop - start) // self.size)
 
 
 class _Bucketed(NamedTuple):
@@ -147,7 +150,7 @@ class TokenBatches:
         """Return the number of tokens on the last side: the target's."""
         return int(windowed(start, stop, self.window, lambda number: self._windows[epoch, number].mass).sum())
 
-    def steps(self) -> None:
+    def steps(self, epoch: int, start: int, stop: int) -> None:
         """Return ``None``: epochs differ, and counting their batches would mean planning all of them."""
         return
 
@@ -200,20 +203,44 @@ class BatchPlan:
         batches: the global batches.
         world_size: ranks.
         accumulate: micro-steps of an optimizer step.
+        passed_over: ranges of consumed samples, each from the beginning of a global batch to the end of one, that the
+            run is not trained on.
     """
 
     batches: Batches
     world_size: int = 1
     accumulate: int = 1
+    passed_over: tuple[tuple[int, int], ...] = ()
+
+    def beyond(self, consumed: int) -> int:
+        """Return where the run goes on after ``consumed`` samples."""
+        for start, stop in sorted(self.passed_over):
+            if start <= consumed < stop:
+                consumed = stop
+        return consumed
+
+    def steps(self, epoch: int) -> int | None:
+        """Return the number of global batches of an epoch; ``None`` where that is not known beforehand."""
+        first, last = epoch * len(self.batches), (epoch + 1) * len(self.batches)
+        starts = sorted(start for start, _ in self.passed_over)
+        total, consumed = 0, self.beyond(first)
+        while consumed < last:
+            end = min([last, *(start for start in starts if start > consumed)])
+            if (steps := self.batches.steps(epoch, consumed - first, end - first)) is None:
+                return None
+            total, consumed = total + steps, self.beyond(end)
+        return total
 
     def pieces(self, rank: int, consumed: int) -> Iterator[Piece]:
         """Yield the pieces of ``rank`` from ``consumed`` samples to the end of that epoch."""
         samples = len(self.batches)
-        epoch, position = divmod(consumed, samples)
+        epoch = consumed // samples
+        first = epoch * samples
+        position = self.beyond(consumed) - first
         parts = self.world_size * self.accumulate
         while position < samples:
             end = self.batches.stop(epoch, position)
-            size, after = end - position, epoch * samples + end
+            before, after = first + position, self.beyond(first + end)
             mass = self.batches.mass(epoch, position, end)
             bounds = self.batches.split(epoch, position, end, parts)
             for micro in range(self.accumulate):
@@ -221,8 +248,8 @@ class BatchPlan:
                 start, stop = bounds[part], bounds[part + 1]
                 weight = self.batches.mass(epoch, start, stop) * parts / mass if stop > start else 0.0
                 last = micro == self.accumulate - 1
-                yield Piece(epoch, start, stop, weight, after if last else after - size, last)
-            position = end
+                yield Piece(epoch, start, stop, weight, after if last else before, last)
+            position = after - first
 
 
 def even_batches(samples: int, batch_size: int, rank: int, world_size: int) -> list[tuple[int, int]]:

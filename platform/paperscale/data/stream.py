@@ -28,6 +28,7 @@ from paperscale.data.batching import Batches, BatchPlan, FixedBatches, Piece, ev
 from paperscale.data.faults import FaultLog, SampleFault, Skipped
 from paperscale.data.loader import OrderedLoader, Workers, cores
 from paperscale.data.order import MixedOrder, Order, SampleOrder
+from paperscale.data.ramp import RampedBatches, check_ramp
 from paperscale.data.shards import ShardSet
 from paperscale.errors import UserError
 
@@ -76,6 +77,8 @@ class ShardStream(LightningDataModule):
         num_processes: worker processes that do it instead, for transforms in plain Python.
         on_fault: what a damaged sample does: ``fail`` ends the run, ``skip`` goes on without it.
         max_skipped: with ``skip``: samples that may be skipped before the run ends.
+        batch_ramp: smaller global batches at the beginning: pairs of a batch size and the number of samples that it is
+            for, after which ``global_batch_size`` holds. The number of forward passes of a step stays the same.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class ShardStream(LightningDataModule):
         num_processes: int = 0,
         on_fault: str = "fail",
         max_skipped: int = 100,
+        batch_ramp: list[tuple[int, int]] | None = None,
     ):
         super().__init__()
         at_least(1, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size, window=window)
@@ -107,6 +111,8 @@ class ShardStream(LightningDataModule):
         self.paths = [path] if isinstance(path, str) else list(path)
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
+        self.batch_ramp = check_ramp(batch_ramp or (), global_batch_size)
+        self.passed_over: tuple[tuple[int, int], ...] = ()
         self.eval_batch_size = eval_batch_size
         self.splits = {"train": train, "val": val, "test": test}
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
@@ -116,6 +122,7 @@ class ShardStream(LightningDataModule):
         self.consumed = 0
         self.faults, self.eval_faults = FaultLog(max_skipped), FaultLog(max_skipped)
         self._sets: dict[tuple[str, str], ShardSet] = {}
+        self._total_steps: dict[int, int | None] = {}
 
     def allocate(self, count: int, train: bool) -> Batch:
         """Return tensors for a batch of ``count`` samples, to be filled; the first dimension is the sample."""
@@ -208,7 +215,14 @@ class ShardStream(LightningDataModule):
                     f"of samples cannot be continued; restore {_OF.get(name, f'data.{name}')} or start a new run"
                 )
         self.consumed = state_dict["consumed"]
+        self.pass_over(self.passed_over)
         self.faults.times = dict(state_dict["skipped"])
+
+    def pass_over(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Leave samples out of the training: ranges of consumed samples, from a batch's beginning to a batch's end."""
+        self.passed_over = tuple(ranges)
+        if ranges:
+            self.consumed = self._plan().beyond(self.consumed)
 
     def _identity(self) -> dict[str, Any]:
         source = self.source("train")
@@ -219,6 +233,7 @@ class ShardStream(LightningDataModule):
             "window": self.window,
             "weights": self.weights,
             "global_batch_size": self.global_batch_size,
+            "batch_ramp": self.batch_ramp or None,
         }
 
     # -- what a run must know before it starts -------------------------------------------------------------
@@ -277,6 +292,59 @@ class ShardStream(LightningDataModule):
         share = -(-self.global_batch_size // world_size)
         return -(-share // (self.micro_batch_size or share))
 
+    def halved(self, world_size: int) -> dict[str, int] | None:
+        """Return attributes that halve the samples of a forward pass; ``None`` where it is one sample."""
+        passes = world_size * self.accumulate(world_size)
+        samples = -(-self.global_batch_size // passes)
+        return {"micro_batch_size": -(-samples // 2)} if samples > 1 else None
+
+    @property
+    def epochs_differ(self) -> bool:
+        """Return whether epochs have different numbers of batches that are known beforehand."""
+        return bool(self.batch_ramp or self.passed_over)
+
+    def total_steps(self, epochs: int) -> int | None:
+        """Return the optimizer steps of the first ``epochs`` epochs; ``None`` where that is not known beforehand.
+
+        What is passed over counts, so that a schedule is the same with and without it.
+        """
+        if epochs not in self._total_steps:
+            _, batches = self._order_and_batches()
+            steps = [batches.steps(epoch, 0, len(batches)) for epoch in range(epochs)]
+            known = [count for count in steps if count is not None]
+            self._total_steps[epochs] = sum(known) if len(known) == epochs else None
+        return self._total_steps[epochs]
+
+    def epoch_around(self, consumed: int) -> tuple[int, int]:
+        """Return the samples consumed at the beginning and at the end of the epoch that ``consumed`` is in."""
+        samples = len(self._order_and_batches()[1])
+        first = consumed // samples * samples
+        return first, first + samples
+
+    def end_of_batch(self, start: int) -> int:
+        """Return the samples consumed at the end of the global batch that begins after ``start`` of them."""
+        _, batches = self._order_and_batches()
+        epoch, position = divmod(start, len(batches))
+        return start - position + batches.stop(epoch, position)
+
+    def samples_between(self, start: int, stop: int) -> list[int]:
+        """Return the samples that were consumed from ``start`` to ``stop``, which are of one epoch, as numbers."""
+        order, _ = self._order_and_batches()
+        epoch, first = divmod(start, len(order))
+        return order.take(epoch, first, min(first + stop - start, len(order))).samples.tolist()
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch's tensors; Lightning's own way takes everything apart that a batch holds, at every step."""
+        if not isinstance(batch, dict):
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        moved = dict(batch)
+        for name, value in batch.items():
+            if isinstance(value, torch.Tensor):
+                moved[name] = value.to(device, non_blocking=device.type == "cuda")
+            elif not isinstance(value, Cursor):
+                moved[name] = super().transfer_batch_to_device(value, device, dataloader_idx)
+        return moved
+
     # -- loaders -------------------------------------------------------------------------------------------
 
     def _base_order(self, source: Source) -> Order:
@@ -287,7 +355,16 @@ class ShardStream(LightningDataModule):
 
     def batches(self, source: Source, order: Order) -> tuple[Order, Batches]:
         """Return how an order is cut into global batches, and the order in which their samples are taken."""
+        if self.batch_ramp:
+            return order, RampedBatches(len(order), self.global_batch_size, self.batch_ramp)
         return order, FixedBatches(len(order), self.global_batch_size)
+
+    def _order_and_batches(self) -> tuple[Order, Batches]:
+        source = self.source("train")
+        return self.batches(source, self._base_order(source))
+
+    def _plan(self, world_size: int = 1) -> BatchPlan:
+        return BatchPlan(self._order_and_batches()[1], world_size, self.accumulate(world_size), self.passed_over)
 
     def train_dataloader(self) -> OrderedLoader[Piece, Batch]:
         """Return the training batches of this rank, from where the stream stands to the end of its epoch."""
@@ -295,9 +372,9 @@ class ShardStream(LightningDataModule):
         rank, world_size = self._rank()
         accumulate = self.accumulate(world_size)
         order, batches = self.batches(source, self._base_order(source))
-        plan = BatchPlan(batches, world_size, accumulate)
+        plan = BatchPlan(batches, world_size, accumulate, self.passed_over)
         reader = _Pieces(self, source, order)
-        steps = batches.steps()
+        steps = plan.steps(self.consumed // len(order))
 
         def pieces() -> Iterator[Piece]:
             found = plan.pieces(rank, self.consumed)

@@ -187,6 +187,8 @@ class TokenDocuments(_TokenStream):
             raise UserError(
                 "data.micro_tokens divides data.max_tokens: give that too, or data.micro_batch_size instead"
             )
+        if self.batch_ramp and max_tokens is not None:
+            raise UserError("data.batch_ramp is for batches of samples: leave out data.max_tokens or data.batch_ramp")
         self.max_tokens, self.micro_tokens, self.max_length, self.pad = max_tokens, micro_tokens, max_length, pad
 
     def _identity(self) -> dict[str, Any]:
@@ -198,6 +200,13 @@ class TokenDocuments(_TokenStream):
             return super().accumulate(world_size)
         share = -(-self.max_tokens // world_size)
         return -(-share // (self.micro_tokens or share))
+
+    def halved(self, world_size: int) -> dict[str, int] | None:
+        """Return attributes that halve the tokens of a forward pass; ``None`` where that is no more than a sample."""
+        if self.max_tokens is None:
+            return super().halved(world_size)
+        tokens = -(-self.max_tokens // (world_size * self.accumulate(world_size)))
+        return {"micro_tokens": -(-tokens // 2)} if tokens > (self.max_length or 1) else None
 
     def units(self, shards: ShardSet) -> Sequence[int]:
         """Return the documents of each shard."""

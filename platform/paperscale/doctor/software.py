@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import importlib.metadata
-import importlib.util
 import json
 import platform
 import subprocess
@@ -17,18 +15,13 @@ from typing import Any
 
 from paperscale.doctor.findings import Asked
 from paperscale.findings import Finding
-from paperscale.jobs.preflight import build_locks, operator_folders
+from paperscale.training import operators
 
 COMPROMISED_LIGHTNING = ("2.6.2", "2.6.3")
 _NAMED = ("torch", "lightning", "torchmetrics", "webdataset", "wandb")  # a line each; the others share one
 _STALE_S = 600.0  # no operator takes longer to compile
 _TORCH = Path(__file__).with_name("torch_facts.py")
-_OPERATORS = """
-import json, logging
-logging.disable()
-from deepspeed.ops.op_builder.all_ops import ALL_OPS
-print(json.dumps({name: bool(op.is_compatible(verbose=False)) for name, op in ALL_OPS.items()}))
-"""
+_INSTALL_DEEPSPEED = "pip install 'paperscale[deepspeed]'"
 
 
 def python(asked: Asked) -> Iterator[Finding]:
@@ -160,43 +153,43 @@ def _driver_fix(cuda: str | None, driver: str | None) -> str:
 
 
 def deepspeed(asked: Asked) -> Iterator[Finding]:
-    """Which of DeepSpeed's operators are compiled, and which could be?  Compiles none."""
+    """Can DeepSpeed be imported, and which of its operators are compiled or could be?  Compiles none."""
     version = _version("deepspeed")
     if version is None:
-        yield Finding("OK", "deepspeed", "not installed: only its strategies need it (pip install 'paperscale[gpu]')")
+        yield Finding("OK", "deepspeed", f"not installed: only its strategies need it ({_INSTALL_DEEPSPEED})")
         return
-    built = sorted(_prebuilt() | {folder.name for folder in operator_folders() if any(folder.glob("*.so"))})
     if asked.quick:
-        yield Finding("OK", "deepspeed", f"{version}; compiled: {', '.join(built) or 'none'}")
+        yield Finding("OK", "deepspeed", version)
         return
-    result = subprocess.run([sys.executable, "-c", _OPERATORS], capture_output=True, text=True, timeout=55)
-    if result.returncode:
-        reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
-        yield Finding("FAIL", "deepspeed", f"{version} cannot be imported: {reason}", "pip install 'paperscale[gpu]'")
-        return
-    compatible = json.loads(result.stdout.splitlines()[-1])
-    todo = [name for name, fits in compatible.items() if fits and name not in built and "not_implemented" not in name]
-    never = [name for name, fits in compatible.items() if not fits]
-    found = f"{version}; compiled: {', '.join(built) or 'none'}; at first use: {', '.join(todo) or 'none'}"
-    yield Finding("OK", "deepspeed", found + (f"; not on this machine: {', '.join(never)}" if never else ""))
+    accelerator, fits = operators.compatible()
+    yield Finding("OK", "deepspeed", version)
+    yield judge_operators(operators.built(accelerator), fits, operators.compiler())
 
 
-def _prebuilt() -> set[str]:
-    """Return the operators that were compiled when DeepSpeed was installed; reads a file of it, imports nothing."""
-    spec = importlib.util.find_spec("deepspeed")  # finds the package, does not run it
-    folder = Path(spec.origin).parent if spec and spec.origin else Path()
-    path = folder / "git_version_info_installed.py"
-    lines = path.read_text().splitlines() if path.exists() else []
-    for line in lines:
-        name, _, value = line.partition("=")
-        if name.strip() == "installed_ops":
-            return {name for name, built in ast.literal_eval(value.strip()).items() if built}
-    return set()
+def judge_operators(built: list[str], fits: dict[str, bool], compiler: str | None) -> Finding:
+    """Return the finding on DeepSpeed's operators.
+
+    Args:
+        built: those that are compiled.
+        fits: for each useful one, whether it can be used on this machine.
+        compiler: the C++ compiler, if there is one.
+    """
+    todo = [name for name, fit in fits.items() if fit and name not in built]
+    never = [name for name, fit in fits.items() if not fit]
+    found = f"ZeRO needs none; compiled: {', '.join(built) or 'none'}"
+    found += f"; not on this machine: {', '.join(never)}" if never else ""
+    if not todo:
+        return Finding("OK", "DeepSpeed operators", found)
+    found += f"; at first use: {', '.join(todo)}"
+    if compiler is None:
+        fix = "install g++, should a recipe use DeepSpeed's own optimizers or offload to NVMe"
+        return Finding("WARN", "DeepSpeed operators", f"{found}, but there is no C++ compiler", fix)
+    return Finding("OK", "DeepSpeed operators", f"{found} (`paperscale doctor --build` compiles them now)")
 
 
 def stale_locks(asked: Asked) -> Iterator[Finding]:
     """Has a killed job left the lock of a compilation?  Every later job would wait for it, without a word."""
-    locks = build_locks()
+    locks = operators.torch_locks()
     holders = _open_files() if locks else {}
     for path in locks:
         age, name = max(0.0, time.time() - path.stat().st_mtime), f"lock of {path.parent.name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import re
 import sys
@@ -10,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from paperscale.errors import FINISHED, REQUEUE, USER_ERROR, UserError
+from paperscale.errors import FINISHED, OUT_OF_MEMORY, REQUEUE, ROLLBACK, USER_ERROR, UserError
 from paperscale.jobs.engines import process_id
 from paperscale.jobs.run import Attempt, Run, RunInfo, free_name, refuse_taken
 from paperscale.jobs.submit import new_run, resolve
@@ -82,23 +83,30 @@ class _Tee:
 
 
 def train_here(run: Run) -> int:
-    """Train one attempt of a run in this process; Ctrl-C checkpoints and stops."""
-    from paperscale.jobs import worker
-
+    """Train a run in this process; Ctrl-C checkpoints and stops."""
     signals.install()
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "SLURM_STEP_ID"):
         os.environ.pop(name, None)  # a shell inside a job may carry another job's
     run.set_job(process_id(os.getpid()))
+    print(f"run {run.name} in {run.path}")
+    while (code := _attempt(run)) in (ROLLBACK, OUT_OF_MEMORY):
+        gc.collect()  # what the attempt has left on the device
+    if code == REQUEUE:
+        print(f"stopped; continue with `paperscale resume {run.name}`")
+    elif code != FINISHED:
+        print(f"failed; what was saved is in {run.path}", file=sys.stderr)
+    return code
+
+
+def _attempt(run: Run) -> int:
+    """Carry out one attempt; return its exit code."""
+    from paperscale.jobs import worker
+
     attempt = Attempt(run.path / "attempts" / f"{len(run.attempts()) + 1:04d}")
     attempt.path.mkdir()
-    print(f"run {run.name} in {run.path}")
     with attempt.log().open("a", buffering=1) as log:
         out, err = _Tee(sys.stdout, log), _Tee(sys.stderr, log)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = worker.main(str(run.path), attempt.number)
     (attempt.path / "exit_code").write_text(f"{code}\n")
-    if code == REQUEUE:
-        print(f"stopped; continue with `paperscale resume {run.name}`")
-    elif code != FINISHED:
-        print(f"failed; what was saved is in {run.path}", file=sys.stderr)
     return code

@@ -20,6 +20,7 @@ from typing import Any
 from paperscale.errors import BadNode
 from paperscale.jobs.faults import BAD_NODE_ORDER
 from paperscale.jobs.run import Run
+from paperscale.training.operators import torch_locks
 
 _SLOW_NAME_S = 1.0
 _STALE_LOCK_S = 600.0
@@ -131,23 +132,9 @@ def _check_names(report: NodeReport) -> None:
         )
 
 
-def operator_folders() -> list[Path]:
-    """Return where torch keeps the operators that it has compiled, a folder each with ``<operator>.so`` in it."""
-    chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
-    if chosen:
-        return [path for path in Path(chosen).glob("*") if path.is_dir()]
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return [path for path in (cache / "torch_extensions").glob("*/*") if path.is_dir()]  # <Python and CUDA>/<operator>
-
-
-def build_locks() -> list[Path]:
-    """Return the locks of operators that are being compiled, or were when their process died."""
-    return [folder / "lock" for folder in operator_folders() if (folder / "lock").exists()]
-
-
 def _check_locks(report: NodeReport) -> None:
     """Remove locks of builds that died: whoever finds one waits for ever."""
-    for lock in build_locks():
+    for lock in torch_locks():
         with contextlib.suppress(OSError):
             newest = max(path.stat().st_mtime for path in lock.parent.iterdir())
             if (idle := time.time() - newest) > _STALE_LOCK_S:

@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from paperscale.jobs import queue
 from paperscale.jobs.run import EXCLUDED_S, Attempt, Run, RunInfo
 from paperscale.jobs.status import STALE_S, RunStatus, status
 from paperscale.jobs.words import ago, clock, duration
+from paperscale.training.sharding import sharding
 
 _ENDINGS = {
     "": "was killed, with its job script",
@@ -28,6 +31,8 @@ _ENDINGS = {
     "lost": "lost a rank",
     "hang": "hung",
     "bad-node": "met a bad node",
+    "rollback": "went back",
+    "out-of-memory": "ran out of memory",
     "node-failure": "lost its node",
     "unknown": "ended while the controller did not answer",
 }
@@ -50,6 +55,7 @@ def report(run: Run, verify: bool = False, now: RunStatus | None = None) -> dict
         "state": now.state,
         "detail": now.detail,
         **_identity(run, info),
+        "strategy": _strategy(run, info),
         "slurm": _slurm(now),
         "attempt": len(attempts),
         "max_attempts": run.max_attempts,
@@ -81,6 +87,17 @@ def _identity(run: Run, info: RunInfo) -> dict[str, Any]:
     }
 
 
+def _strategy(run: Run, info: RunInfo) -> str:
+    """Return how the recipe's processes share the work; empty where it cannot be read."""
+    try:
+        strategy = yaml.safe_load(run.recipe.read_text())["trainer"]["strategy"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return ""
+    if isinstance(strategy, dict):
+        return str(strategy["class_path"]).rpartition(".")[2]
+    return sharding(strategy, info.nodes * info.procs_per_node).name
+
+
 def _slurm(now: RunStatus) -> dict[str, Any] | None:
     job = now.job
     if job is None or not job.slurm:
@@ -105,6 +122,9 @@ def _attempt(attempt: Attempt) -> dict[str, Any]:
         "error": attempt.error,
         "exit_code": attempt.exit_code,
         "host": facts.get("host", ""),
+        "strategy": facts.get("strategy", ""),
+        "nodes": facts.get("nodes"),
+        "procs_per_node": facts.get("procs_per_node"),
         "started": attempt.started,
         "ended": ended,
         "ran_s": None if ended is None else max(0.0, ended - attempt.started),
@@ -248,7 +268,7 @@ def lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "run", facts["run"]
     yield "state", facts["state"] + (f" ({facts['detail']})" if facts["detail"] else "")
     if facts["job"]:
-        yield "job", f"{facts['job']} on {facts['cluster']}, {facts['nodes']} x {facts['procs_per_node']} processes"
+        yield "job", f"{facts['job']} on {facts['cluster']}, {_shape(facts)}"
     yield from _lines_of_queue(facts)
     yield from _lines_of_attempts(facts)
     yield from _lines_of_progress(facts)
@@ -302,7 +322,14 @@ def _lines_of_attempts(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
         how = _ENDINGS.get(one["cause"], one["cause"])
         ran = "" if one["ran_s"] is None else f" after {duration(one['ran_s'])}"
         why = one["error"] or one["reason"]
-        yield "", f"{one['attempt']} {how}{ran}" + (f": {why}" if why else "")
+        where = f", on {_shape(one)}" if one["strategy"] and _shape(one) != _shape(facts) else ""
+        yield "", f"{one['attempt']} {how}{ran}{where}" + (f": {why}" if why else "")
+
+
+def _shape(facts: dict[str, Any]) -> str:
+    """Return the processes of a job or an attempt, and how they share the work."""
+    how = f", {facts['strategy']}" if facts["strategy"] else ""
+    return f"{facts['nodes']} x {facts['procs_per_node']} processes{how}"
 
 
 def _lines_of_progress(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:

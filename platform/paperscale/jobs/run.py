@@ -11,7 +11,9 @@
         job.log           what the job script said
         attempts/0001/    rank-0.log ..., node-0.json ..., attempt.json, preflight.json, stragglers.json, error (what
                           failed first) and verdict (its exit code), exit_code and cause (by the job script), suspects
-                          (nodes), hang.json and stacks-rank-0.txt ... (of a hang)
+                          (nodes), hang.json and stacks-rank-0.txt ... (of a hang), amends.json (what the next
+                          attempts heed: samples to pass over, a smaller forward pass); recipe.yaml and results.json
+                          (those that held until a later `resume` changed the recipe, or trained on)
         checkpoints/      step-00000400/ ...
         progress.json     where the training is
         metrics.jsonl     every logged row
@@ -35,9 +37,27 @@ from pathlib import Path
 from typing import Any
 
 from paperscale.atomic import write_atomically
-from paperscale.errors import BAD_NODE, FINISHED, HUNG, LOST, REQUEUE, UserError, nearest
+from paperscale.errors import (
+    BAD_NODE,
+    FINISHED,
+    HUNG,
+    LOST,
+    OUT_OF_MEMORY,
+    REQUEUE,
+    ROLLBACK,
+    UserError,
+    nearest,
+)
 
-_CAUSES = {FINISHED: "finished", REQUEUE: "signal", LOST: "lost", HUNG: "hang", BAD_NODE: "bad-node"}
+_CAUSES = {
+    FINISHED: "finished",
+    REQUEUE: "signal",
+    LOST: "lost",
+    HUNG: "hang",
+    BAD_NODE: "bad-node",
+    ROLLBACK: "rollback",
+    OUT_OF_MEMORY: "out-of-memory",
+}
 EXCLUDED_S = 12 * 3600
 """Seconds that a node which was found bad is left out."""
 LONGEST_NAME = 100
@@ -401,7 +421,12 @@ def create(info: RunInfo, recipe: str) -> Run:
         refuse_taken(info.name)
     except OSError as error:
         raise UserError(f"cannot make {run.path}: {error.strerror}; set PAPERSCALE_RUNS to another folder") from error
-    (run.path / "attempts").mkdir()
+    return fill(run, info, recipe)
+
+
+def fill(run: Run, info: RunInfo, recipe: str) -> Run:
+    """Write what a new run's directory holds; return the run."""
+    (run.path / "attempts").mkdir(parents=True)
     run.checkpoints.mkdir()
     run.recipe.write_text(recipe)
     _write(run.path / "run.json", json.dumps(asdict(info), indent=1))

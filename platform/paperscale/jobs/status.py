@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from paperscale.errors import BAD_NODE, FAILED, HUNG, LOST, REQUEUE, UserError
+from paperscale.errors import BAD_NODE, FAILED, HUNG, LOST, OUT_OF_MEMORY, REQUEUE, ROLLBACK, UserError
 from paperscale.jobs import queue
 from paperscale.jobs.engines import ENGINES
 from paperscale.jobs.queue import JobState
@@ -24,7 +24,7 @@ STATES = ("running", "queued", "finished", "stopped", "failed", "cancelled", "un
 STALE_S = 30.0
 """Seconds after which a running job's last sign of life is worth a remark: agents and ranks give one every five."""
 
-_RUN_AGAIN = (REQUEUE, LOST, HUNG, BAD_NODE)
+_RUN_AGAIN = (REQUEUE, LOST, HUNG, BAD_NODE, ROLLBACK, OUT_OF_MEMORY)
 _PART = 100  # runs that one thread reads at a time
 _SLOW_S = 0.002  # seconds to read a run: more, and it is a network file system, where threads wait side by side
 

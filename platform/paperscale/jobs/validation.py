@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -9,12 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from paperscale.errors import UserError, nearest
+from paperscale.errors import UserError
 from paperscale.jobs.profile import Profile
+from paperscale.jobs.strategy_checks import check_optimizers, check_options, check_strategy
 from paperscale.jobs.units import size_bytes
 from paperscale.recipes import RecipeArguments
+from paperscale.training.sharding import Sharding
 
-_OWN_PROCESSES = ("spawn", "fork", "notebook")
 _PRECISIONS = {"16-mixed": "bf16-mixed", "16": "bf16-mixed", "16-true": "bf16-true"}
 _ON_GPU = ("gpu", "cuda")
 _WRITTEN_FRACTION = re.compile(r"[-+]?(?=.*[.eE])(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
@@ -88,10 +90,12 @@ class Validator:
         without_memory: build models without their weights. Only for a process that does not train afterwards: a
             user's module may keep such a tensor.
         with_data: refuse a recipe whose shards are missing; without it, what needs them is left out if they are.
+        lengthened: whether a run that has begun is to be trained for longer than its schedules were made for.
     """
 
-    def __init__(self, place: Place, without_memory: bool = True, with_data: bool = True):
+    def __init__(self, place: Place, without_memory: bool = True, with_data: bool = True, lengthened: bool = False):
         self.place, self.without_memory, self.with_data = place, without_memory, with_data
+        self.lengthened = lengthened
         self._done: set[str] = set()
         self._warnings: dict[str, None] = {}
 
@@ -105,10 +109,16 @@ class Validator:
         from paperscale.training.recipe import RecipeCLI
 
         cli = RecipeCLI(arguments.to_cli(), build=False)
-        check_trainer(cli.config.trainer, self.place)
+        of = check_trainer(cli.config.trainer, self.place)
+        if of.divided and not of.offloaded and self.place.world_size == 1:
+            alone = f"trainer.strategy={of.name} has nothing to divide on one process"
+            self._warnings[f"{alone}; --nodes and --procs-per-node give it more"] = None
         if self._new({**cli.config.as_dict(), "seed_everything": None}):
             cli = self._built(arguments)
             self._check_data(cli)
+            self._check_optimizers(cli, of)
+            if self.lengthened:
+                self._check_schedules(cli)
             self._check_memory(cli)
         paths = cli.config.data.init_args.get("path") or []
         paths = [paths] if isinstance(paths, str) else paths
@@ -165,6 +175,48 @@ class Validator:
             return f", such as --nodes {nodes} --procs-per-node {count}"
         return ""
 
+    def _check_optimizers(self, cli: Any, of: Sharding) -> None:
+        """Check how the model is optimized, as far as that can be found out without training."""
+        config = cli.config.as_dict()
+        if not self._new(("optimizers", [_without_floats(config[part]) for part in ("model", "data", "trainer")])):
+            return
+        from paperscale.training.estimate import on_ghost, optimizers_of
+
+        optimizers = None
+        with contextlib.suppress(Exception):  # whatever a user's model raises where there is no Trainer
+            optimizers = on_ghost(
+                cli, "32-true", self.place.world_size, lambda model: list(optimizers_of(model.configure_optimizers()))
+            )
+        accumulate = cli.datamodule.accumulate(self.place.world_size)
+        check_optimizers(cli.model, optimizers, cli.config.trainer, of, accumulate)
+
+    def _check_schedules(self, cli: Any) -> None:
+        """Look for schedules whose state, which is restored, says how long the training was to be."""
+        from paperscale.training.estimate import on_ghost, schedules_of
+
+        def states(times: int) -> list[tuple[str, dict[str, Any]]]:
+            return on_ghost(
+                cli,
+                "32-true",
+                self.place.world_size,
+                lambda model: [(type(s).__name__, s.state_dict()) for s in schedules_of(model.configure_optimizers())],
+                times,
+            )
+
+        kept: list[tuple[str, dict[str, Any]]] = []
+        with contextlib.suppress(Exception):  # as above
+            kept = [once for once, twice in zip(states(1), states(2), strict=True) if once != twice]
+        for name, state in kept:
+            if "total_steps" in str(state):  # OneCycleLR, by itself or as a part of another
+                raise UserError(
+                    f"{name} ends with the length that the training was begun with, and cannot go on; submit the "
+                    "recipe with the new length under another --name"
+                )
+            self._warnings[
+                f"{name} keeps to the length that the training was begun with, and goes on from its end; for a "
+                "schedule over the new length submit the recipe under another --name"
+            ] = None
+
     def _check_memory(self, cli: Any) -> None:
         """Compare what the training needs with what a GPU has."""
         config = cli.config.as_dict()
@@ -183,7 +235,7 @@ class Validator:
         if found.certain > memory:
             raise UserError(
                 f"parameters, gradients and optimizer state take {gib(found.certain)} of a GPU's {gib(memory)}: this "
-                "model does not fit; use GPUs with more memory, a smaller model, or trainer.precision=bf16-true"
+                "model does not fit; use GPUs with more memory, a smaller model, or --strategy deepspeed_zero3_offload"
             )
         if found.total > memory:
             self._warnings[
@@ -272,8 +324,8 @@ def _free(key: str, value: str) -> bool:
     return bool((_WHOLE if key == SEED else _WRITTEN_FRACTION).fullmatch(value))
 
 
-def check_trainer(trainer: Any, place: Place) -> None:
-    """Check the section ``trainer`` against where it is to run.
+def check_trainer(trainer: Any, place: Place) -> Sharding:
+    """Check the section ``trainer`` against where it is to run; return what its strategy divides.
 
     Raises:
         UserError: a value contradicts the job's, or cannot run there.
@@ -289,7 +341,7 @@ def check_trainer(trainer: Any, place: Place) -> None:
             raise UserError(
                 f"trainer.{name}={value}: nothing would be trained; use a number of at least 1, or -1 for no limit"
             )
-    check_strategy(trainer.strategy, place.world_size)
+    of = check_strategy(trainer.strategy, place.world_size)
     _check_accelerator(trainer.accelerator, place)
     on_gpu = bool(place.gpus_per_node) and trainer.accelerator != "cpu"
     precision = str(trainer.precision)
@@ -303,43 +355,8 @@ def check_trainer(trainer: Any, place: Place) -> None:
                 f"trainer.precision={precision} needs the package {package}, which is not installed; install it, "
                 "or use trainer.precision=bf16-mixed"
             )
-
-
-def check_strategy(strategy: Any, world_size: int) -> None:
-    """Check that a strategy is one that can run on that many processes.
-
-    Args:
-        strategy: a name of Lightning's, or ``class_path`` and ``init_args``.
-        world_size: processes.
-
-    Raises:
-        UserError: it is not.
-    """
-    from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
-
-    if isinstance(strategy, str):
-        known = ["auto", *StrategyRegistry.available_strategies()]
-        if strategy not in known:
-            raise UserError(f"trainer.strategy={strategy}: there is no such strategy{nearest(strategy, known)}")
-        name, runs = strategy, strategy in ("auto", "single_device") or strategy.startswith("ddp")
-        single = strategy == "single_device"
-    else:
-        module, _, name = strategy.class_path.rpartition(".")
-        kind = getattr(importlib.import_module(module), name)
-        runs, single = issubclass(kind, (DDPStrategy, SingleDeviceStrategy)), issubclass(kind, SingleDeviceStrategy)
-    if any(word in name for word in _OWN_PROCESSES):
-        raise UserError(f"trainer.strategy={name}: the job starts the processes; use trainer.strategy=ddp")
-    if name.lower().startswith("deepspeed") and importlib.util.find_spec("deepspeed") is None:
-        raise UserError(
-            f"trainer.strategy={name} needs the package deepspeed, which is not installed; "
-            "`pip install deepspeed`, or use trainer.strategy=ddp"
-        )
-    if not runs:
-        raise UserError(f"trainer.strategy={name}: runs are checkpointed by ddp alone so far; use trainer.strategy=ddp")
-    if single and world_size > 1:
-        raise UserError(
-            f"trainer.strategy={name} is for one process, this job has {world_size}; use trainer.strategy=ddp"
-        )
+    check_options(trainer, of)
+    return of
 
 
 def _check_accelerator(accelerator: Any, place: Place) -> None:

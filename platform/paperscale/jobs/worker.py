@@ -24,29 +24,32 @@ from paperscale.errors import (
     FAILED,
     FINISHED,
     LOST,
+    OUT_OF_MEMORY,
     REQUEUE,
+    ROLLBACK,
     SUPERSEDED,
     USER_ERROR,
     BadNode,
     Interrupted,
     LostRank,
+    RolledBack,
     Superseded,
     UserError,
     describe,
     is_lost_rank,
     is_users_mistake,
 )
-from paperscale.jobs import snapshot
+from paperscale.jobs import amends, snapshot
 from paperscale.jobs.run import Attempt, Run
 from paperscale.training.checkpoint import clear_unfinished, newest_verified, read_manifest
 from paperscale.training.pulse import Pulse
+from paperscale.training.sharding import sharding
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from torch.distributed import Store
 
     from paperscale.tracking.wandb import GuardedWandbLogger
-    from paperscale.training.callbacks import StateIO
     from paperscale.training.recipe import RecipeCLI
 
 _RESUME_WAIT_S = 300
@@ -129,7 +132,13 @@ class Worker:
             job=os.environ.get("SLURM_JOB_ID", self.run.job),
         )
         resume = self.choose_checkpoint()
-        cli = RecipeCLI([f"--config={self.run.recipe}"])
+        cli = RecipeCLI([f"--config={self.run.recipe}"], defer=True)
+        self.make_amends(cli)
+        self.record(
+            strategy=sharding(cli.config.trainer.strategy, self.world_size).name,
+            nodes=self.info.nodes,
+            procs_per_node=self.info.procs_per_node,
+        )
         self.preflight(cli)
         trainer = self.build_trainer(cli, resume)
         self.recover_tracking(resume)
@@ -146,13 +155,65 @@ class Worker:
         except Interrupted as interrupted:
             code, reason = REQUEUE, str(interrupted)
             self.say(f"interrupted by {reason} after step {trainer.global_step}: checkpoint written")
+        except RolledBack as back:
+            code, reason = ROLLBACK, str(back)
+            self.settle(trainer)
+            amends.note(self.attempt, {"passed_over": [(back.start, back.stop)], "data": {}})
+            self.attempt.fail(code, reason)
+            self.say(reason)
+        except Exception as error:
+            code, reason = OUT_OF_MEMORY, self.halve(cli, trainer, error)
         finally:
             self.record(ended=time.time(), outcome=code, reason=reason, samples_per_s=self.progress.samples_per_s)
             if self.wandb:
                 self.wandb.finish(code)
-        if trainer.world_size > 1:
+        if trainer.world_size > 1 and code != OUT_OF_MEMORY:
             trainer.strategy.barrier("attempt ends")  # all ranks leave together: srun ends the rest at the first exit
         return code
+
+    def make_amends(self, cli: RecipeCLI) -> None:
+        """Heed what earlier attempts have found out."""
+        for name, value in self.amends["data"].items():
+            setattr(cli.datamodule, name, value)
+            self.say(f"data.{name}={value}, for want of memory")
+        cli.datamodule.pass_over(self.amends["passed_over"])
+        for start, stop in self.amends["passed_over"]:
+            self.say(f"passes over samples {start:,} to {stop:,}, where training went wrong")
+
+    def halve(self, cli: RecipeCLI, trainer: Trainer, error: Exception) -> str:
+        """Let the next attempt divide the batch further; return what has happened.
+
+        Raises:
+            Exception: the error, which was not want of memory in a training step.
+            UserError: a forward pass is of one sample already.
+        """
+        from paperscale.training.guard import is_out_of_memory
+
+        no_memory = self.guard.in_step and is_out_of_memory(error)
+        if no_memory or isinstance(error, UserError):
+            self.settle(trainer)
+        if not (no_memory and cli.config_init.guard.halve_on_oom):
+            raise error
+        what = f"rank {self.rank} on {socket.gethostname()}: out of memory in step {trainer.global_step + 1}"
+        smaller = cli.datamodule.halved(self.world_size)
+        if smaller is None:
+            raise UserError(
+                f"{what} with one sample a forward pass ({describe(error)[:200]}); checkpoint activations "
+                "(speed.checkpoint_activations), divide the model (--strategy fsdp, or deepspeed_zero3_offload), or "
+                "use devices with more memory"
+            ) from error
+        (name, value), *_ = smaller.items()
+        reason = f"{what}; goes on with data.{name}={value} and the same global batches"
+        amends.note(self.attempt, {"passed_over": [], "data": smaller})
+        self.attempt.fail(OUT_OF_MEMORY, reason)
+        with contextlib.suppress(OSError):
+            print(reason, flush=True)
+        return reason
+
+    @staticmethod
+    def settle(trainer: Trainer) -> None:
+        """Let the checkpoint that is being written be finished: the run goes on from there."""
+        trainer.checkpoint_callback.saver.wait()  # type: ignore[union-attr]
 
     def preflight(self, cli: RecipeCLI) -> None:
         """Bring the ranks together and see whether they can work together, and whether each node has the shards.
@@ -169,6 +230,8 @@ class Worker:
         start = time.monotonic()
         if self.world_size > 1:
             self.store = rendezvous.join(self.rank, self.world_size, on_gpu)
+        elif sharding(cli.config.trainer.strategy).divided:
+            rendezvous.alone(on_gpu)
         found = rendezvous.preflight(self.world_size, on_gpu, time.monotonic() - start)
         self.say(str(found))
         for warning in found.warnings:
@@ -213,18 +276,23 @@ class Worker:
     def build_trainer(self, cli: RecipeCLI, resume: Path | None) -> Trainer:
         """Return the recipe's Trainer as this job runs it."""
         from paperscale.jobs.environment import JobEnvironment
-        from paperscale.training.callbacks import StateIO
+        from paperscale.training import strategies
         from paperscale.training.heartbeat import Heartbeat
         from paperscale.training.interruption import take_over_signals
-        from paperscale.training.strategies import ExactDDPStrategy
+        from paperscale.training.lean import NoProfiler, make_lean
+        from paperscale.training.logbook import Logbook
 
-        io = StateIO()
+        strategy = strategies.make(cli.config_init.trainer.strategy, self.world_size, cli.device)
+        if cli.initialisation is not None:
+            strategy.initial = cli.initialisation.value
         settings: dict[str, Any] = {
             "devices": self.info.procs_per_node,
             "num_nodes": self.info.nodes,
-            "plugins": [JobEnvironment(), io],
+            "strategy": strategy,
+            "plugins": [JobEnvironment()],
             "logger": self.loggers(cli),
-            "callbacks": self.callbacks(cli, io, resume),
+            "profiler": cli.config_init.trainer.profiler or NoProfiler(),
+            "callbacks": self.callbacks(cli, resume),
             "accumulate_grad_batches": cli.datamodule.accumulate(self.world_size),
             # a folder of this attempt alone: on SLURM, Lightning resumes from any hpc_ckpt_* that it finds in it
             "default_root_dir": str(self.attempt.path),
@@ -233,10 +301,11 @@ class Worker:
             "enable_model_summary": False,
             "use_distributed_sampler": False,
         }
-        if self.world_size > 1 and cli.config_init.trainer.strategy in ("auto", "ddp"):
-            settings["strategy"] = ExactDDPStrategy()
-        trainer = cli.trainer_for([Heartbeat(self.pulse)], **settings)
+        if cli.datamodule.epochs_differ:
+            settings["reload_dataloaders_every_n_epochs"] = 1  # Lightning asks for their number with the loader
+        trainer = cli.trainer_for([Heartbeat(self.pulse), Logbook()], **settings)
         take_over_signals(trainer)
+        make_lean(trainer.callbacks, cli.model)
         return trainer
 
     @property
@@ -265,32 +334,42 @@ class Worker:
             loggers.append(self.wandb)
         return loggers
 
-    def callbacks(self, cli: RecipeCLI, io: StateIO, resume: Path | None) -> list[Any]:
+    def callbacks(self, cli: RecipeCLI, resume: Path | None) -> list[Any]:
         """Return what happens at each step boundary, in this order."""
         from lightning.pytorch.callbacks import RichProgressBar
 
         from paperscale.training import callbacks as own
+        from paperscale.training.checkpointing import Checkpointing
+        from paperscale.training.ema import EMA, EMAEnd
+        from paperscale.training.guard import Guard
 
+        recipe = f"{self.run.recipe}, then `paperscale resume {self.run.name}`"
+        self.guard = Guard(cli.config_init.guard, len(self.amends["passed_over"]), self.say, recipe)
         every_s = float("inf") if self.on_terminal else 5.0
         self.progress = own.ProgressReport(self.run.path / "progress.json", self.attempt.number, self.say, every_s)
         options = cli.config_init.checkpoint
+        ema = [] if cli.config_init.ema.decay is None else [EMA(cli.config_init.ema, resume)]
         return [
             *([RichProgressBar()] if self.on_terminal else []),
             own.FirstBatch(self.record_first_batch),
             own.StreamPosition(),
-            own.GlobalMetrics(),
+            self.guard,
+            *ema,
             self.progress,
-            own.Checkpointing(
+            Checkpointing(
                 self.run.checkpoints,
                 options,
-                io,
                 resume,
                 attempt=self.attempt.number,
                 pulse=self.pulse,
                 store=self.store,
                 is_current=self.is_current,
+                is_healthy=self.guard.is_healthy,
                 say=self.say,
+                facts={"run": self.info.name, "wandb_id": self.info.wandb_id},
+                recipe=self.run.recipe.read_text(),
             ),
+            *map(EMAEnd, ema),
         ]
 
     def record_first_batch(self, position: int, samples: list[int]) -> None:
@@ -305,7 +384,8 @@ class Worker:
         """
         choice = self.attempt.path / "resume.json"
         if self.rank == 0:
-            write_atomically(choice, json.dumps(self._newest_checkpoint()).encode())
+            chosen = {**self._newest_checkpoint(), "amends": amends.collect(self.run)}
+            write_atomically(choice, json.dumps(chosen).encode())
         deadline = time.monotonic() + _RESUME_WAIT_S
         while not choice.exists():
             if time.monotonic() > deadline:
@@ -314,6 +394,7 @@ class Worker:
         content = json.loads(choice.read_text())
         if content["error"]:
             raise UserError(content["error"])
+        self.amends: amends.Amends = content["amends"]
         return content["checkpoint"] and Path(content["checkpoint"])
 
     def _newest_checkpoint(self) -> dict[str, str | None]:

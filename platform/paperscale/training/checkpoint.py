@@ -22,8 +22,10 @@ import os
 import random
 import shutil
 import time
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256 as new_sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,8 +33,10 @@ from paperscale.data.index import sha256
 from paperscale.errors import UserError
 
 MANIFEST = "manifest.json"
-_READERS = 8
 VERSION = 2
+_READERS = 8
+_READ_BY_RANKS = ("rank-*.pt", "tensors-*.safetensors")
+_RESTORE = "restore it from a copy, or use another checkpoint"
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class CheckpointManifest:
         wandb_id: id of its W&B run.
         created: Unix time.
         aliases: names of tied weights to the names they are kept under.
+        version: of the layout.
+        checksum: SHA-256 of the other fields.
     """
 
     step: int
@@ -67,6 +73,13 @@ class CheckpointManifest:
     created: float = 0.0
     aliases: dict[str, str] = field(default_factory=dict)
     version: int = VERSION
+    checksum: str = ""
+
+
+def _checksum(fields: dict[str, Any]) -> str:
+    """Return the SHA-256 of a manifest's fields."""
+    text = json.dumps({key: value for key, value in fields.items() if key != "checksum"}, sort_keys=True)
+    return new_sha256(text.encode()).hexdigest()
 
 
 def read_manifest(checkpoint: Path) -> CheckpointManifest:
@@ -77,40 +90,51 @@ def read_manifest(checkpoint: Path) -> CheckpointManifest:
     """
     path = checkpoint / MANIFEST
     try:
-        manifest = CheckpointManifest(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a readable manifest ({error})") from error
-    if manifest.version != VERSION:
-        raise UserError(
-            f"{path}: version {manifest.version}, this release reads {VERSION}; use the release that wrote it"
-        )
-    return manifest
+        fields = json.loads(path.read_text())
+        if (version := fields["version"]) != VERSION:
+            raise UserError(f"{path}: version {version}, this release reads {VERSION}; use the release that wrote it")
+        if fields["checksum"] != _checksum(fields):
+            raise UserError(f"{path} is not what was written (its checksum differs); {_RESTORE}")
+        return CheckpointManifest(**fields)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: not a readable manifest ({error}); {_RESTORE}") from error
 
 
 def verify(checkpoint: Path) -> CheckpointManifest:
     """Check every file of a checkpoint against its manifest.
 
     Raises:
-        UserError: a file is missing, cut short or changed; names it.
+        UserError: a file is missing, cut short, changed, unreadable, or not of this checkpoint; names it.
     """
     manifest = read_manifest(checkpoint)
-    for name, expected in manifest.files.items():
+    try:
+        _verify_files(checkpoint, manifest.files)
+    except OSError as error:
+        raise UserError(f"{error.filename or checkpoint} cannot be read ({error.strerror}); {_RESTORE}") from error
+    return manifest
+
+
+def _verify_files(checkpoint: Path, files: dict[str, dict[str, Any]]) -> None:
+    for name, expected in files.items():
         file = checkpoint / name
         if not file.is_file():
-            raise UserError(f"{file} is missing")
+            raise UserError(f"{file} is missing; {_RESTORE}")
         if (size := file.stat().st_size) != expected["bytes"]:
-            raise UserError(f"{file} has {size} bytes, {expected['bytes']} were written")
+            raise UserError(f"{file} has {size} bytes, {expected['bytes']} were written; {_RESTORE}")
+    for file in (file for pattern in _READ_BY_RANKS for file in checkpoint.glob(pattern)):
+        if file.name not in files:
+            raise UserError(f"{file} is not of this checkpoint; move it elsewhere")
     with ThreadPoolExecutor(_READERS) as pool:  # hashing gives the interpreter free
-        hashes = pool.map(sha256, [checkpoint / name for name in manifest.files])
-        for (name, expected), found in zip(manifest.files.items(), hashes, strict=True):
+        hashes = pool.map(sha256, [checkpoint / name for name in files])
+        for (name, expected), found in zip(files.items(), hashes, strict=True):
             if found != expected["sha256"]:
-                raise UserError(f"{checkpoint / name} is not what was written (SHA-256 differs)")
-    return manifest
+                raise UserError(f"{checkpoint / name} is not what was written (SHA-256 differs); {_RESTORE}")
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in ``folder``, newest first, verified or not."""
-    return sorted(folder.glob("step-*"), reverse=True)
+    found = (path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal())
+    return sorted(found, key=step_of, reverse=True)
 
 
 def newest_verified(folder: Path) -> tuple[Path | None, list[str]]:
@@ -149,14 +173,15 @@ def publish(partial: Path, final: Path, files: dict[str, dict[str, Any]], facts:
     from paperscale import __version__
 
     versions = {"paperscale": __version__, "torch": torch.__version__, "lightning": lightning.__version__}
-    manifest = CheckpointManifest(files=files, versions=versions, created=time.time(), **facts)
+    fields = asdict(CheckpointManifest(files=files, versions=versions, created=time.time(), **facts))
     with (partial / MANIFEST).open("w") as file:
-        json.dump(asdict(manifest), file, indent=1)
+        json.dump({**fields, "checksum": _checksum(fields)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     fsync_folder(partial)
     if final.exists():  # only one that did not verify can have this name
-        remove(final)
+        with contextlib.suppress(OSError):  # what cannot be deleted has at least another name
+            remove(final)
     partial.rename(final)
     fsync_folder(final.parent)
 
@@ -177,7 +202,11 @@ def clear_unfinished(folder: Path) -> None:
 
 
 def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint; half-removed it must not look like one."""
+    """Remove a checkpoint; half-removed it must not look like one.
+
+    Raises:
+        OSError: some of it is left, under another name.
+    """
     doomed = checkpoint.with_name(f".{checkpoint.name}.partial")
     shutil.rmtree(doomed, ignore_errors=True)
     checkpoint.rename(doomed)
@@ -202,29 +231,59 @@ class Retention:
     metric: str = ""
     lower: bool = False
 
-    def prune(self, folder: Path) -> None:
-        """Remove the other checkpoints."""
-        found = all_checkpoints(folder)
+    def prune(self, folder: Path, passed_over: Collection[Path] = ()) -> list[str]:
+        """Remove the other checkpoints.
+
+        Args:
+            folder: where they are.
+            passed_over: those that did not verify when the run was continued from an older one; not among the ones
+                that are kept, and removed once a newer one is there.
+
+        Returns:
+            What could not be removed, and why. It is tried again the next time.
+        """
+        found = [checkpoint for checkpoint in all_checkpoints(folder) if checkpoint not in passed_over]
         kept = {*found[: self.last], *ranked(found, self.metric, self.lower)[: self.best]}
-        for old in found:
-            if old not in kept and not (self.every_n_steps and step_of(old) % self.every_n_steps == 0):
-                remove(old)
+        old = [c for c in found if c not in kept and not (self.every_n_steps and step_of(c) % self.every_n_steps == 0)]
+        old += [c for c in passed_over if found and c.exists() and step_of(c) < step_of(found[0])]
+        problems = []
+        for doomed in (*folder.glob(".step-*.partial"), *old):
+            try:
+                (remove if doomed in old else shutil.rmtree)(doomed)
+            except OSError as error:
+                problems.append(f"{doomed.name} cannot be removed ({error.strerror}); remove it by hand")
+        return problems
 
 
 def step_of(checkpoint: Path) -> int:
     """Return the step in a checkpoint's name."""
-    digits = checkpoint.name.removeprefix("step-")
-    return int(digits) if digits.isdigit() else 0
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def ranked(checkpoints: list[Path], metric: str, lower: bool) -> list[Path]:
-    """Return the checkpoints that were validated, best first."""
+    """Return the checkpoints that were validated, best first; of equals the newer one."""
     scored = []
     for checkpoint in checkpoints:
         with contextlib.suppress(UserError):
             if (value := read_manifest(checkpoint).metrics.get(metric)) is not None and not math.isnan(value):
                 scored.append((value if lower else -value, checkpoint))
     return [checkpoint for _, checkpoint in sorted(scored, key=lambda pair: pair[0])]
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return the content of a ``.pt`` file; it holds plain data and tensors only, and no code of it is run.
+
+    Raises:
+        UserError: it is unreadable or holds anything else.
+    """
+    import torch
+
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever its parts do
+        what = f"{type(error).__name__}: {str(error).partition('. ')[0].splitlines()[0]}" if str(error) else repr(error)
+        raise UserError(f"{path} is not plain data and was not loaded ({what}); {_RESTORE}") from error
+    return state
 
 
 def random_state() -> dict[str, Any]:
@@ -285,6 +344,9 @@ class CheckpointOptions:
     def __post_init__(self) -> None:
         if self.keep_last < 2:
             raise UserError("checkpoint.keep_last must be at least 2, so that one is left if the newest is damaged")
+        for name in ("every_n_steps", "every_n_epochs", "keep_every_n_steps", "keep_best"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"checkpoint.{name} is {value}; use 1 or more, or leave it out")
 
     @property
     def retention(self) -> Retention:

@@ -15,7 +15,13 @@ from torch.distributed import Store
 
 from paperscale.errors import Interrupted, Superseded, UserError, nearest
 from paperscale.training.callbacks import datamodule
-from paperscale.training.checkpoint import CheckpointOptions, random_state, rank_file, restore_random_state
+from paperscale.training.checkpoint import (
+    CheckpointOptions,
+    random_state,
+    rank_file,
+    read_state,
+    restore_random_state,
+)
 from paperscale.training.interruption import StopAgreement
 from paperscale.training.logbook import continue_epoch, epoch_sums
 from paperscale.training.metric_state import metric_state, restore_metric_state
@@ -26,6 +32,7 @@ from paperscale.training.strategies.portable import STATE, PortableStrategy
 from paperscale.training.tensorfile import Buffer, TensorReader, tensor_file
 
 RECIPE = "recipe.yaml"
+_LINGER_S = 60.0
 
 
 class Checkpointing(Checkpoint):
@@ -86,6 +93,7 @@ class Checkpointing(Checkpoint):
                 self.store if trainer.world_size > 1 else None,
                 self.attempt,
                 self.is_current,
+                self.resume,
             )
 
     # -- taking up ---------------------------------------------------------------------------------------------
@@ -100,7 +108,7 @@ class Checkpointing(Checkpoint):
                 reader.fill(piece)
         saved = sorted(self.resume.glob(rank_file(0).replace("00000", "*")))
         mine = saved[trainer.global_rank :: trainer.world_size]  # the same world size: exactly one's own
-        states = [torch.load(path, map_location="cpu", weights_only=True) for path in mine]
+        states = [read_state(path) for path in mine]
         restore_metric_state(pl_module, [state["metrics"] for state in states])
         continue_epoch(trainer, [state["logged"] for state in states])
         if states:
@@ -160,6 +168,11 @@ class Checkpointing(Checkpoint):
         self.save(trainer, epoch_ended=True)
         self.finish(trainer)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let the checkpoint that is being written be finished: it was made before whatever has happened."""
+        self.pulse.mark("checkpoint", trainer.global_step)
+        self.saver.linger(_LINGER_S)
+
     # -- writing -----------------------------------------------------------------------------------------------
 
     def save(self, trainer: Trainer, epoch_ended: bool = False) -> None:
@@ -175,7 +188,7 @@ class Checkpointing(Checkpoint):
         """
         step, started, self._saving = trainer.global_step, time.monotonic(), False
         self.pulse.mark("checkpoint", step)
-        self.finish(trainer)  # the one before: its buffer is needed
+        self.finish(trainer, last=step == self._saved_step)  # the one before: its buffer is needed
         if step != self._saved_step and self.is_healthy():
             self.saver.start(Job(step, self._files(trainer, epoch_ended), self._facts(trainer, epoch_ended)))
             self._saved_step = step
@@ -184,22 +197,31 @@ class Checkpointing(Checkpoint):
             self.stalls_s.append(time.monotonic() - started)
         self.pulse.mark("data")
 
-    def finish(self, trainer: Trainer) -> None:
+    def finish(self, trainer: Trainer, last: bool = True) -> None:
         """Wait for the checkpoint that is being written. Where it failed, the previous one stays and training goes on.
 
+        Args:
+            trainer: the trainer.
+            last: whether none follows at once.
+
         Raises:
-            UserError: it failed and the run is stopping or has ended.
+            UserError: it failed, none follows, and the run is stopping or has ended.
             Superseded: a newer attempt of the run has started.
         """
         outcome = self.saver.wait()
+        if outcome is None:
+            return
+        for problem in self.saver.left:
+            self.say(f"WARNING {problem}")
         if not outcome:
             return
         step, self._saved_step = self._saved_step, -1
         if outcome == SUPERSEDED:
             raise Superseded("a newer attempt of this run has started: this one stops without writing")
-        kept = f"the previous checkpoint is kept; free space, then `paperscale resume {self.folder.parent.name}`"
+        mend = "free space" if _is_full(outcome) else f"let the job write into {self.folder}"
+        kept = f"the previous checkpoint is kept; {mend}, then `paperscale resume {self.folder.parent.name}`"
         message = f"checkpoint at step {step} not written: {outcome}; {kept}"
-        if self._stopping or trainer.fit_loop.done:
+        if last and (self._stopping or trainer.fit_loop.done):
             raise UserError(message)
         self.say(f"WARNING {message}")
 
@@ -215,13 +237,28 @@ class Checkpointing(Checkpoint):
             "metrics": {} if epoch_ended else metric_state(trainer.lightning_module),
             "logged": {} if epoch_ended else epoch_sums(trainer),
         }
-        files: Files = {tensor_file(rank): self._buffer.take(written), rank_file(rank): [_serialised(own)]}
+        files: Files = {tensor_file(rank): self._buffer.take(written), rank_file(rank): [self._plain(own)]}
         trainer.save_checkpoint(self.folder / STATE, weights_only=False)  # kept by the strategy, written here
         if rank == 0:
-            files[STATE] = [_serialised(strategy.captured)]
+            files[STATE] = [self._plain(strategy.captured)]
             files[RECIPE] = [self.recipe.encode()]
         strategy.captured = None
         return files
+
+    def _plain(self, state: Any) -> bytes:
+        """Return state as the content of a file.
+
+        Raises:
+            UserError: it could not be read again; found out at the first checkpoint, not when one is needed.
+        """
+        file = io.BytesIO()
+        torch.save(state, file)
+        if self.saver.first:
+            try:
+                torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+            except UnpicklingError as error:
+                raise UserError(f"{_culprit(state)}") from error
+        return file.getvalue()
 
     def _facts(self, trainer: Trainer, epoch_ended: bool) -> dict[str, Any]:
         """Return the fields of the manifest."""
@@ -241,9 +278,3 @@ class Checkpointing(Checkpoint):
 def _pieces_of_callbacks(trainer: Trainer) -> Iterator[Piece]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         yield from getattr(callback, "pieces", list)()
-
-
-def _serialised(state: Any) -> bytes:
-    file = io.BytesIO()
-    torch.save(state, file)
-    return file.getvalue()

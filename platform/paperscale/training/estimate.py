@@ -9,27 +9,30 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parameter import is_lazy
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torchmetrics import Metric
 
 from paperscale.data.batching import BatchPlan
 from paperscale.data.stream import Batch, Cursor, Places, ShardStream
 from paperscale.training.recipe import RecipeCLI
+from paperscale.training.sharding import Sharding, sharding
 
 _TRUE = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
 _MIXED = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 _ALIASES = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true", "None": "32-true"}
-_DIVIDED = {"optimizer": 1, "gradients": 2, "parameters": 3}  # over the processes from this stage of ZeRO on
+Found = TypeVar("Found")
+
 _STEPS = 1000  # for schedules that ask how long the training is; no size depends on it
 
 
@@ -40,7 +43,7 @@ class Estimate:
     Attributes:
         world_size: processes.
         samples: of one forward pass of one process.
-        strategy: ``ddp``, ``zero1``, ``zero2`` or ``zero3``.
+        strategy: as a recipe names it.
         precision: as Lightning names it.
         count: parameters of the model, as a number.
         parameters: the model's weights.
@@ -49,7 +52,7 @@ class Estimate:
         buffers: such as the averages of batch normalisation.
         buckets: DDP's second copy of the gradients, for communication.
         activations: what a micro-batch leaves for its backward pass; ``None`` where it cannot be found out.
-        unknown: why something is ``None``.
+        unknown: why something is ``None``, and what is not counted.
     """
 
     world_size: int
@@ -92,76 +95,73 @@ def gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
-def estimate(cli: RecipeCLI, world_size: int, micro_batch: int | None = None, strategy: str | None = None) -> Estimate:
+def estimate(cli: RecipeCLI, world_size: int, micro_batch: int | None = None, strategy: Any = None) -> Estimate:
     """Return the memory that a recipe needs on each GPU.
 
     Args:
         cli: the recipe; its model may be on the meta device. It is not changed.
         world_size: processes.
         micro_batch: samples of a forward pass; by default what the recipe makes of its global batch.
-        strategy: ``ddp``, ``zero1``, ``zero2`` or ``zero3``; by default the recipe's.
+        strategy: a name, or ``class_path`` and ``init_args``; by default the recipe's.
 
     Raises:
         UserError: the global batch cannot be divided over the processes, or the shards cannot be opened.
     """
     trainer = cli.config_init.trainer
     precision = _ALIASES.get(str(trainer.precision), str(trainer.precision))
-    strategy = strategy or sharding(trainer.strategy)
+    of = sharding(strategy or cli.config.trainer.strategy, world_size)
+    if of.kind == "zero":  # keeps 32-bit weights beside 16-bit ones, whichever of the two it is called
+        precision = {"16-true": "16-mixed", "bf16-true": "bf16-mixed"}.get(precision, precision)
     samples, batch = _first_batch(cli.datamodule, world_size, micro_batch)
     unknown: list[str] = []
-    optimizer = activations = None
-    with _noting(unknown, "optimizer"):
-        optimizer = _optimizer_bytes(cli, precision, world_size)
-    with _noting(unknown, "activations"):
-        activations = _activation_bytes(cli, batch, precision, world_size)
+    optimizer = _noting(unknown, "optimizer", lambda: on_ghost(cli, precision, world_size, _state_after_step))
+    activations = _noting(unknown, "activations", lambda: _activation_bytes(cli, batch, precision, world_size))
     known = [p for p in cli.model.parameters() if not is_lazy(p)]
-    if len(known) < len(list(cli.model.parameters())):
-        unknown.append("parameters of lazy modules are not counted: they have no shape yet")
     weights = sum(_bytes(p, precision) for p in known)
     gradients = sum(_bytes(p, precision) for p in known if p.requires_grad)
-    stage = int(strategy[-1]) if strategy.startswith("zero") else 0
-    if stage and precision in _MIXED:  # 16-bit weights and gradients, and the 32-bit weights with the optimizer
+    if of.kind == "zero" and precision in _MIXED:  # 16-bit weights and gradients; 32-bit weights with the optimizer
         optimizer = None if optimizer is None else optimizer + weights
         weights, gradients = weights // 2, gradients // 2
-    over = {part: world_size if stage >= least else 1 for part, least in _DIVIDED.items()}
+    lazy = len(known) < len(list(cli.model.parameters()))
+    unknown += _not_counted(of, lazy)
+
+    def share(part: str, size: int) -> int:
+        return 0 if part in of.offloaded else -(-size // (world_size if part in of.divided else 1))
+
     return Estimate(
         world_size,
         samples,
-        strategy,
+        of.name,
         precision,
         count=sum(p.numel() for p in known),
-        parameters=-(-weights // over["parameters"]),
-        gradients=-(-gradients // over["gradients"]),
-        optimizer=None if optimizer is None else -(-optimizer // over["optimizer"]),
+        parameters=share("parameters", weights),
+        gradients=share("gradients", gradients),
+        optimizer=None if optimizer is None else share("optimizer", optimizer),
         buffers=sum(_bytes(b, precision) for b in cli.model.buffers() if not is_lazy(b)),
-        buckets=gradients if world_size > 1 and stage == 0 else 0,
+        buckets=gradients if of.kind == "ddp" and world_size > 1 else 0,
         activations=activations,
         unknown=tuple(unknown),
     )
 
 
-def sharding(strategy: Any) -> str:
-    """Return what a strategy of Lightning's divides over the processes: ``ddp`` for nothing, ``zero1`` to ``zero3``."""
-    name = strategy if isinstance(strategy, str) else type(strategy).__name__.lower()
-    if name.startswith("fsdp"):
-        return (
-            "zero2" if getattr(getattr(strategy, "sharding_strategy", None), "name", "") == "SHARD_GRAD_OP" else "zero3"
-        )
-    if not name.startswith("deepspeed"):
-        return "ddp"
-    config = getattr(strategy, "config", None) or {}
-    stage = config.get("zero_optimization", {}).get("stage") or next((c for c in name if c.isdigit()), "2")
-    return f"zero{stage}"
+def _not_counted(of: Sharding, lazy: bool) -> Iterator[str]:
+    """Say what is not counted: what has no shape yet, and what comes and goes during a step of a divided model."""
+    if lazy:
+        yield "parameters of lazy modules are not counted: they have no shape yet"
+    if "parameters" in of.divided:
+        yield "whole weights of the blocks that are being computed, gathered from the other processes, are not counted"
+    if of.kind == "zero":
+        yield "DeepSpeed's buckets, through which gradients are exchanged, are not counted"
 
 
-@contextlib.contextmanager
-def _noting(unknown: list[str], what: str) -> Iterator[None]:
-    """Note what cannot be found out: a model may do what only tensors with content allow."""
+def _noting(unknown: list[str], what: str, find: Callable[[], int]) -> int | None:
+    """Return what is found, or note why it cannot be: a model may do what only tensors with content allow."""
     try:
-        yield
+        return find()
     except Exception as error:  # whatever a user's model raises on tensors without content
         reason = (str(error).strip().splitlines() or [""])[0]
         unknown.append(f"{what} unknown: {type(error).__name__}: {reason}"[:200])
+        return None
 
 
 def _bytes(tensor: Tensor, precision: str) -> int:
@@ -188,7 +188,12 @@ def _first_batch(datamodule: ShardStream, world_size: int, micro_batch: int | No
 
 
 def _ghost(
-    cli: RecipeCLI, device: str, precision: str, world_size: int, mode: FakeTensorMode | None = None
+    cli: RecipeCLI,
+    device: str,
+    precision: str,
+    world_size: int,
+    mode: FakeTensorMode | None = None,
+    times: int = 1,
 ) -> LightningModule:
     """Return a copy of the model with tensors that have no memory, and a Trainer that only answers questions."""
     plain = [value for module in cli.model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
@@ -203,9 +208,9 @@ def _ghost(
     model._trainer = SimpleNamespace(  # type: ignore[assignment]
         **answers,
         world_size=world_size,
-        estimated_stepping_batches=_STEPS,
-        max_steps=_STEPS,
-        max_epochs=cli.config_init.trainer.max_epochs or 1,
+        estimated_stepping_batches=_STEPS * times,
+        max_steps=_STEPS * times,
+        max_epochs=(cli.config_init.trainer.max_epochs or 1) * times,
         datamodule=cli.datamodule,
         loggers=[],
         logger=None,
@@ -219,20 +224,30 @@ def _ghost(
     return model
 
 
-def _optimizer_bytes(cli: RecipeCLI, precision: str, world_size: int) -> int:
-    """Return the size of the optimizers' state after a step."""
+def on_ghost(
+    cli: RecipeCLI, precision: str, world_size: int, find: Callable[[LightningModule], Found], times: int = 1
+) -> Found:
+    """Return what can be found out on a copy of the model without memory, such as by ``configure_optimizers``.
+
+    Args:
+        cli: the recipe; its model is not changed.
+        precision: as Lightning names it.
+        world_size: processes.
+        find: is given the copy.
+        times: how many times as long as it is it is told that the training is.
+    """
     try:
-        return _state_after_step(_ghost(cli, "meta", precision, world_size))
+        return find(_ghost(cli, "meta", precision, world_size, times=times))
     except Exception:  # fused optimizers refuse the meta device
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        model = _ghost(cli, "cpu", precision, world_size, fake)
+        model = _ghost(cli, "cpu", precision, world_size, fake, times)
         with fake:
-            return _state_after_step(model)
+            return find(model)
 
 
 def _state_after_step(model: LightningModule) -> int:
     tensors: dict[int, Tensor] = {}
-    for optimizer in _optimizers(model.configure_optimizers()):
+    for optimizer in optimizers_of(model.configure_optimizers()):
         for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad):
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()
@@ -240,15 +255,20 @@ def _state_after_step(model: LightningModule) -> int:
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
 
 
-def _optimizers(configured: Any) -> Iterator[torch.optim.Optimizer]:
+def optimizers_of(configured: Any) -> Iterator[torch.optim.Optimizer]:
     """Yield the optimizers in whatever ``configure_optimizers`` has returned."""
     if isinstance(configured, torch.optim.Optimizer):
         yield configured
     elif isinstance(configured, dict):
-        yield from _optimizers(configured.get("optimizer"))
+        yield from optimizers_of(configured.get("optimizer"))
     elif isinstance(configured, (list, tuple)):
         for part in configured:
-            yield from _optimizers(part)
+            yield from optimizers_of(part)
+
+
+def schedules_of(configured: Any) -> list[LRScheduler]:
+    """Return the learning-rate schedules in whatever ``configure_optimizers`` has returned."""
+    return [leaf for leaf in tree_leaves(configured) if isinstance(leaf, LRScheduler)]
 
 
 def _activation_bytes(cli: RecipeCLI, batch: Batch, precision: str, world_size: int) -> int:

@@ -17,7 +17,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from paperscale.data import ShardStream
 from paperscale.errors import UserError, nearest
 from paperscale.training.checkpoint import CheckpointOptions
+from paperscale.training.deferred import Initialisation, construct
+from paperscale.training.ema import EMAOptions
+from paperscale.training.guard import GuardOptions
 from paperscale.training.quiet import quiet_libraries
+from paperscale.training.speed import SpeedOptions
+from paperscale.training.sharding import sharding
+from paperscale.training.trainer import StreamTrainer
 
 
 @dataclass
@@ -38,18 +44,20 @@ class TrackingOptions:
 
 
 class RecipeCLI(LightningCLI):
-    """Lightning's command line with a recipe's two further sections, ``checkpoint`` and ``tracking``.
+    """Lightning's command line with a recipe's further sections, such as ``checkpoint`` and ``tracking``.
 
     Args:
         args: ``--config=...`` and ``--key=value``.
         build: whether to make the objects; without it only the configuration is resolved and checked.
+        defer: make a model whose weights the strategy divides without them: each process then makes its part alone.
 
     Raises:
         UserError: a key, a class or a value is wrong; suggests the nearest right one.
     """
 
-    def __init__(self, args: list[str], build: bool = True):
-        self.build = build
+    def __init__(self, args: list[str], build: bool = True, defer: bool = False):
+        self.build, self.defer = build, defer
+        self.initialisation: Initialisation | None = None
         quiet_libraries()
         super().__init__(
             args=args,
@@ -64,6 +72,9 @@ class RecipeCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the sections of our own."""
         parser.add_class_arguments(CheckpointOptions, "checkpoint")
+        parser.add_class_arguments(EMAOptions, "ema")
+        parser.add_class_arguments(GuardOptions, "guard")
+        parser.add_class_arguments(SpeedOptions, "speed")
         parser.add_class_arguments(TrackingOptions, "tracking")
         parser.add_argument("--test_after_fit", type=bool, default=True, help="score the test split at the end")
 
@@ -87,7 +98,7 @@ class RecipeCLI(LightningCLI):
         if not self.build:
             return
         try:
-            self.config_init = self.parser.instantiate_classes(self.config)
+            self.config_init = self._make()
         except Exception as error:  # whatever a constructor raises, the values of the recipe made it do so
             root: BaseException = error
             while not isinstance(root, UserError) and (cause := root.__cause__ or root.__context__):
@@ -105,6 +116,13 @@ class RecipeCLI(LightningCLI):
             )
         self.model: LightningModule = self._get(self.config_init, "model")
 
+    def _make(self) -> Any:
+        """Make the objects."""
+        if self.defer and "parameters" in sharding(self.config.trainer.strategy).divided:
+            made, self.initialisation = construct(lambda: self.parser.instantiate_classes(self.config))
+            return made
+        return self.parser.instantiate_classes(self.config)
+
     def trainer_for(self, first: Sequence[Callback] = (), **settings: Any) -> Trainer:
         """Return the recipe's Trainer with settings of the job, which win over the recipe's.
 
@@ -116,7 +134,7 @@ class RecipeCLI(LightningCLI):
         if "callbacks" in settings:
             recipes = self._get(self.config_init, "trainer.callbacks") or []
             config["callbacks"] = [*first, *recipes, *settings["callbacks"]]
-        return Trainer(**config)
+        return StreamTrainer(**config)
 
     @property
     def accelerator(self) -> str:
@@ -128,6 +146,15 @@ class RecipeCLI(LightningCLI):
         import torch
 
         return self.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+
+    @property
+    def device(self) -> str:
+        """Return the kind of device that the recipe trains on here: ``cpu``, ``cuda`` or ``mps``."""
+        import torch
+
+        if self.on_gpu():
+            return "cuda"
+        return "mps" if self.accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available() else "cpu"
 
     def resolved(self) -> str:
         """Return the whole configuration as YAML."""

@@ -98,6 +98,11 @@ def join(rank: int, world_size: int, on_gpu: bool, timeout_s: float = TIMEOUT_S)
     return store
 
 
+def alone(on_gpu: bool) -> None:
+    """Make a process group of this process alone, for strategies that need one."""
+    dist.init_process_group("nccl" if on_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
 def _wait_for_all(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> None:
     names = [f"paperscale/here/{other}" for other in range(world_size)]
     store.set(names[rank], socket.gethostname())

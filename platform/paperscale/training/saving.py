@@ -21,7 +21,7 @@ from typing import Any
 
 from torch.distributed import Store
 
-from paperscale.training.checkpoint import Retention, publish
+from paperscale.training.checkpoint import Retention, all_checkpoints, publish, step_of
 
 _CHUNK = 16 << 20
 _LOOK_S = 0.05
@@ -57,6 +57,7 @@ class Saver:
         store: shared by the ranks; ``None`` for a single process.
         attempt: number of this attempt; what it has not finished does not get into the way of another's.
         is_current: whether this attempt still owns the run.
+        resume: the checkpoint the run continues from; newer ones have not verified.
     """
 
     def __init__(
@@ -68,15 +69,21 @@ class Saver:
         store: Store | None = None,
         attempt: int = 1,
         is_current: Callable[[], bool] = lambda: True,
+        resume: Path | None = None,
     ):
         self.folder, self.keep, self.rank, self.world_size = folder, keep, rank, world_size
         self.store, self.attempt, self.is_current = store, attempt, is_current
+        self.left: list[str] = []
+        """What could not be removed after the last checkpoint, and why (rank 0)."""
+        self._passed_over = {path for path in all_checkpoints(folder) if resume and step_of(path) > step_of(resume)}
         self._thread: threading.Thread | None = None
         self._outcome = ""
+        self._started = 0
 
     def start(self, job: Job) -> None:
         """Begin to write; the one before must have been waited for."""
         assert self._thread is None  # noqa: S101
+        self._started += 1
         self._thread = threading.Thread(target=self._save, args=(job,), name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -84,6 +91,11 @@ class Saver:
     def written(self) -> bool:
         """Return whether a checkpoint is done, well or badly, and nobody has waited for it yet."""
         return self._thread is not None and not self._thread.is_alive()
+
+    def linger(self, seconds: float) -> None:
+        """Let the checkpoint that is being written be finished, if that takes no longer than ``seconds``."""
+        if self._thread is not None:
+            self._thread.join(seconds)
 
     def wait(self) -> str | None:
         """Wait for the checkpoint that is being written.
@@ -99,10 +111,9 @@ class Saver:
 
     def _save(self, job: Job) -> None:
         try:
-            written = self._write(job)
-            self._outcome = self._agree(job, written)
-        except Exception as error:  # a thread's error is nobody's: the next save or the end raises it
-            self._outcome = f"{type(error).__name__}: {error}"
+            self._outcome = self._agree(job, self._write(job))
+        except Exception as error:  # the store is gone, and with it the rank that holds it
+            self._outcome = _what(error)
 
     def _partial(self, step: int) -> Path:
         return self.folder / f".step-{step:08d}.partial-{self.attempt}"
@@ -113,15 +124,16 @@ class Saver:
         try:
             partial.mkdir(exist_ok=True)
             return {"files": {name: write_durably(partial / name, parts) for name, parts in job.files.items()}}
-        except OSError as error:
-            return {"error": str(error)}
+        except Exception as error:  # whatever it is, the other ranks must hear of it
+            return {"error": f"rank {self.rank}: {_what(error)}" if self.world_size > 1 else _what(error)}
 
     def _agree(self, job: Job, written: dict[str, Any]) -> str:
         """Publish the checkpoint on rank 0, once all ranks have written; return what went wrong on any of them."""
         if self.store is None:
             return self._publish(job, [written])
-        keys = [f"{_KEY}/{self.attempt}/{job.step}/{rank}" for rank in range(self.world_size)]
-        result = f"{_KEY}/{self.attempt}/{job.step}/result"
+        prefix = f"{_KEY}/{self.attempt}/{self._started}"
+        keys = [f"{prefix}/{rank}" for rank in range(self.world_size)]
+        result = f"{prefix}/result"
         self.store.set(keys[self.rank], json.dumps(written))
         if self.rank == 0:
             outcome = self._publish(job, [json.loads(self._await(key)) for key in keys])
@@ -139,20 +151,34 @@ class Saver:
         return self.store.get(key).decode()
 
     def _publish(self, job: Job, written: list[dict[str, Any]]) -> str:
-        partial = self._partial(job.step)
-        error = next((part["error"] for part in written if "error" in part), "")
-        if not error and not self.is_current():
-            error = SUPERSEDED
-        if not error:
-            files = {name: entry for part in written for name, entry in part["files"].items()}
-            try:
-                publish(partial, self.folder / f"step-{job.step:08d}", files, {**job.facts, "step": job.step})
-                self.keep.prune(self.folder)
-                return ""
-            except OSError as failure:
-                error = str(failure)
-        shutil.rmtree(partial, ignore_errors=True)
+        partial, final = self._partial(job.step), self.folder / f"step-{job.step:08d}"
+        try:
+            error = next((part["error"] for part in written if "error" in part), "")
+            if not error and not self.is_current():
+                error = SUPERSEDED
+            if not error:
+                files = {name: entry for part in written for name, entry in part["files"].items()}
+                publish(partial, final, files, {**job.facts, "step": job.step})
+        except Exception as failure:  # whatever it is, the other ranks wait for an outcome
+            error = _what(failure)
+        if error:
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            self._passed_over.discard(final)
+            self.left = self._prune()
         return error
+
+    def _prune(self) -> list[str]:
+        """Remove old checkpoints; whatever comes of it, the new one is written."""
+        try:
+            return self.keep.prune(self.folder, self._passed_over)
+        except OSError as error:
+            return [f"{self.folder} cannot be listed ({error.strerror})"]
+
+
+def _what(error: Exception) -> str:
+    """Return an error in words: those of the operating system need no name."""
+    return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
 
 
 def write_durably(path: Path, parts: list[memoryview | bytes]) -> dict[str, Any]:

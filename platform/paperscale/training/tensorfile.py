@@ -2,19 +2,21 @@
 
 ``tensors-00000.safetensors`` holds each piece under its tensor's name, as a one-dimensional tensor; the file's metadata
 says which elements they are. Any reader of safetensors opens it, and none of them runs code from it. The data part of
-the file is one buffer that is filled on the step path and written later; reading takes only the bytes that are needed.
+the file is one buffer that is filled on the step path and written later; reading takes only the bytes that are needed,
+and does not map the file: what was read is not held.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from paperscale.errors import UserError
@@ -73,7 +75,7 @@ class Buffer:
         if on_gpu:
             torch.cuda.synchronize()
         table["__metadata__"] = {"format": "pt", _KEY: json.dumps(places)}
-        return [header(table), memoryview(self._bytes[:size].numpy())]
+        return [header(table), self._bytes[:size].numpy().data]
 
 
 def header(table: dict[str, Any]) -> bytes:
@@ -83,6 +85,22 @@ def header(table: dict[str, Any]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+class Extent(NamedTuple):
+    """Where elements of a tensor lie.
+
+    Attributes:
+        start: the first of them.
+        stop: the one after the last.
+        path: the file.
+        offset: of the first, in bytes from the beginning of the file.
+    """
+
+    start: int
+    stop: int
+    path: Path
+    offset: int
+
+
 @dataclass(frozen=True)
 class Stored:
     """A tensor of a checkpoint.
@@ -90,12 +108,12 @@ class Stored:
     Attributes:
         shape: of the tensor.
         dtype: of its elements.
-        runs: ``(start, stop, file)`` of each piece, in order.
+        extents: where they lie, in order.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    runs: list[tuple[int, int, Path]] = field(default_factory=list)
+    extents: list[Extent] = field(default_factory=list)
 
     @property
     def numel(self) -> int:
@@ -107,7 +125,7 @@ class TensorReader:
     """Reads the tensors of a checkpoint, any run of elements, whatever ranks have written them.
 
     Args:
-        checkpoint: its folder.
+        checkpoint: its folder, or any folder of safetensors files, or one such file.
 
     Raises:
         UserError: a file cannot be read.
@@ -116,25 +134,33 @@ class TensorReader:
     def __init__(self, checkpoint: Path):
         self.checkpoint = checkpoint
         self.tensors: dict[str, Stored] = {}
-        self._open: dict[Path, Any] = {}
+        self._open: dict[Path, FileIO] = {}
         self._by_prefix: dict[str, list[str]] | None = None
-        for path in sorted(checkpoint.glob(tensor_file(0).replace("00000", "*"))):
+        for path in self._files():
             self._index(path)
         for stored in self.tensors.values():
-            stored.runs.sort()
+            stored.extents.sort()
+
+    def _files(self) -> list[Path]:
+        if self.checkpoint.is_file():
+            return [self.checkpoint]
+        own = sorted(self.checkpoint.glob(tensor_file(0).replace("00000", "*")))
+        return own or sorted(self.checkpoint.glob("*.safetensors"))
 
     def _index(self, path: Path) -> None:
         dtypes = {name: dtype for dtype, name in DTYPES.items()}
         try:
             with path.open("rb") as file:
                 size = int.from_bytes(file.read(8), "little")
-                table = json.loads(file.read(size))
-            places = json.loads(table.pop("__metadata__")[_KEY])
+                table = json.loads(file.read(size) if size < path.stat().st_size else b"")
+            facts = table.pop("__metadata__", {})
+            places = json.loads(facts[_KEY]) if _KEY in facts else {n: [e["shape"], 0] for n, e in table.items()}
             for name, (shape, start) in places.items():
-                entry = table[name]
-                stored = self.tensors.setdefault(name, Stored(tuple(shape), dtypes[entry["dtype"]]))
-                stored.runs.append((start, start + entry["shape"][0], path))
-        except (OSError, ValueError, KeyError) as error:
+                dtype, (first, last) = dtypes[table[name]["dtype"]], table[name]["data_offsets"]
+                stored = self.tensors.setdefault(name, Stored(tuple(shape), dtype))
+                stop = start + (last - first) // dtype.itemsize
+                stored.extents.append(Extent(start, stop, path, 8 + size + first))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a readable file of tensors ({error}); restore it from a copy") from error
 
     def __contains__(self, name: str) -> bool:
@@ -159,15 +185,17 @@ class TensorReader:
         stored = self.tensors[name]
         stop = stored.numel if stop is None else stop
         out = torch.empty(stop - start, dtype=stored.dtype)
-        found = 0
-        for first, last, path in stored.runs:
-            low, high = max(first, start), min(last, stop)
+        room, size, found = memoryview(out.view(torch.uint8).numpy()), stored.dtype.itemsize, 0
+        for extent in stored.extents:
+            low, high = max(extent.start, start), min(extent.stop, stop)
             if low < high:
-                out[low - start : high - start] = self._slice(path, name)[low - first : high - first]
+                offset = extent.offset + (low - extent.start) * size
+                self._read_into(room[(low - start) * size : (high - start) * size], extent.path, offset)
                 found += high - low
         if found != stop - start:
             raise UserError(
-                f"{self.checkpoint}: {name} has {found:,} of the elements {start:,} to {stop:,}; a file is missing"
+                f"{self.checkpoint}: {name} has {found:,} of the elements {start:,} to {stop:,}; a file is missing, "
+                "restore it from a copy"
             )
         return out
 
@@ -189,7 +217,11 @@ class TensorReader:
         if piece.tensor.numel():
             piece.fill(self.read(piece.name, piece.start, piece.stop))
 
-    def _slice(self, path: Path, name: str) -> Any:
+    def _read_into(self, room: memoryview, path: Path, offset: int) -> None:
+        """Fill a buffer with what lies in a file from ``offset`` on."""
         if path not in self._open:
-            self._open[path] = safe_open(str(path), framework="pt")
-        return self._open[path].get_slice(name)
+            self._open[path] = FileIO(path)
+        while room:
+            if (count := os.preadv(self._open[path].fileno(), [room], offset)) == 0:
+                raise UserError(f"{path} is cut short; restore it from a copy")
+            room, offset = room[count:], offset + count

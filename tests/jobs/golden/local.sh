@@ -49,6 +49,8 @@ cause() {
     76) echo lost ;;
     77) echo hang ;;
     78) echo bad-node ;;
+    80) echo rollback ;;
+    81) echo out-of-memory ;;
     *) echo killed ;;
     esac
 }
@@ -104,7 +106,9 @@ say "attempt $attempt ended: $cause (exit code $code)$( ((code == 75)) || echo "
 stalled=$(cat "$run/stalled" 2>/dev/null || echo 0)
 if [[ $(newest_checkpoint) != "$before" ]]; then
     stalled=0
-elif [[ $scheduler != preemption && $scheduler != requeue ]]; then  # the scheduler's doing, not the run's
+elif [[ $scheduler == preemption || $scheduler == requeue ]]; then
+    :  # the scheduler's doing, not the run's
+elif ((code != 80 && code != 81)); then  # the next attempt does otherwise
     stalled=$((stalled + 1))
 fi
 echo "$stalled" >"$run/stalled"

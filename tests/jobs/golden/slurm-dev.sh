@@ -79,6 +79,8 @@ cause() {
     1 | 2) echo failed; return ;;
     77) echo hang; return ;;
     78) echo bad-node; return ;;
+    80) echo rollback; return ;;
+    81) echo out-of-memory; return ;;
     esac
     if [[ $scheduler != running ]]; then
         echo "$scheduler"
@@ -172,7 +174,9 @@ say "attempt $attempt ended: $cause (exit code $code)$( ((code == 75)) || echo "
 stalled=$(cat "$run/stalled" 2>/dev/null || echo 0)
 if [[ $(newest_checkpoint) != "$before" ]]; then
     stalled=0
-elif [[ $scheduler != preemption && $scheduler != requeue ]]; then  # the scheduler's doing, not the run's
+elif [[ $scheduler == preemption || $scheduler == requeue ]]; then
+    :  # the scheduler's doing, not the run's
+elif ((code != 80 && code != 81)); then  # the next attempt does otherwise
     stalled=$((stalled + 1))
 fi
 echo "$stalled" >"$run/stalled"

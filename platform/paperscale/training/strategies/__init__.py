@@ -85,7 +85,7 @@ def make(strategy: Any, world_size: int, device: str = "cpu") -> PortableStrateg
     if strategy in NAMES:
         from paperscale.training.strategies.zero import ZeroStrategy
 
-        stage = int(strategy[len("deepspeed_zero")])
+        stage: Any = int(strategy[len("deepspeed_zero")])
         options: dict[str, Any] = dict(_OFFLOAD[strategy[len("deepspeed_zero") + 1 :]])
         if stage == 3 and options.get("offload_optimizer") == "cpu":
             options["offload_parameters"] = "cpu"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torchmetrics import Metric
 
 from paperscale.training.blocks import blocks
 from paperscale.training.pieces import Piece, piece_of
@@ -39,7 +39,6 @@ class FSDP2Strategy(PortableStrategy, ModelParallelStrategy):
         reshard_after_forward: free a block's gathered weights after its forward pass, and gather them again for the
             backward pass; ``False`` keeps them, as ZeRO stage 2 does.
         offload: keep weights, gradients and optimizer state in the memory of the CPU.
-        initial: returns the value of a parameter or buffer of a model that was built on the meta device.
     """
 
     strategy_name = "fsdp"
@@ -48,10 +47,9 @@ class FSDP2Strategy(PortableStrategy, ModelParallelStrategy):
         self,
         reshard_after_forward: bool = True,
         offload: bool = False,
-        initial: Callable[[Tensor], Tensor] | None = None,
     ):
         super().__init__(tensor_parallel_size=1)
-        self.reshard_after_forward, self.offload, self.initial = reshard_after_forward, offload, initial
+        self.reshard_after_forward, self.offload = reshard_after_forward, offload
 
     def setup_environment(self) -> None:
         """Make the mesh of all processes, and let the module be divided where Lightning expects it."""
@@ -66,7 +64,11 @@ class FSDP2Strategy(PortableStrategy, ModelParallelStrategy):
         """Divide the module's blocks, then the rest of it; nothing where that is done."""
         if isinstance(module, FSDPModule):
             return
-        whole: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        whole = {
+            name: tensor if tensor.is_meta else tensor.detach().clone()
+            for name, tensor in (*module.named_parameters(), *module.named_buffers())
+            if self.initial is not None
+        }
         dtype = _REDUCED.get(str(self.precision_plugin.precision))
         policy = MixedPrecisionPolicy(dtype, torch.float32 if dtype else None, cast_forward_inputs=False)
         settings: dict[str, Any] = {
@@ -79,13 +81,15 @@ class FSDP2Strategy(PortableStrategy, ModelParallelStrategy):
         fully_shard(module, reshard_after_forward=False, **settings)
         for name in _STEPS:
             register_fsdp_forward_method(module, name)
-        if any(tensor.is_meta for tensor in whole.values()):
+        if whole:
             self._materialise(module, whole)
 
     def _materialise(self, module: nn.Module, whole: dict[str, Tensor]) -> None:
         """Give each process its rows, one tensor at a time."""
         assert self.initial is not None  # noqa: S101  who builds on the meta device knows the values
-        module.to_empty(device="cpu" if self.offload else self.root_device)
+        for part in reversed(list(module.modules())):  # a divided module after those whose weights it holds
+            if not isinstance(part, Metric):  # it would empty what the metric counts with
+                part.to_empty(device="cpu" if self.offload else self.root_device, recurse=False)
         with torch.no_grad():
             for name, tensor in (*module.named_parameters(), *module.named_buffers()):
                 piece = piece_of(name, tensor)

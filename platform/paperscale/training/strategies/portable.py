@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -31,6 +32,8 @@ class PortableStrategy(Strategy):
     """
 
     captured: dict[str, Any] | None = None
+    initial: Callable[[Tensor], Tensor] | None = None
+    """Returns the content of a tensor of a model that was constructed without it (:mod:`..deferred`)."""
 
     # -- what Lightning calls ----------------------------------------------------------------------------------
 
@@ -97,6 +100,22 @@ class PortableStrategy(Strategy):
 
     def weights_changed(self) -> None:
         """Let the model have what was written into the pieces of its weights. Called on all ranks."""
+
+    def share_buffers(self) -> None:
+        """Give every rank rank 0's buffers, which a checkpoint keeps: all ranks evaluate one model."""
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            for piece in self.buffer_pieces():
+                dist.broadcast(piece.tensor, 0)
+
+    def on_validation_start(self) -> None:
+        """Evaluate one model on all ranks."""
+        super().on_validation_start()
+        self.share_buffers()
+
+    def on_test_start(self) -> None:
+        """Evaluate one model on all ranks."""
+        super().on_test_start()
+        self.share_buffers()
 
     def restore_weights(self, reader: TensorReader) -> None:
         """Read weights and buffers.

@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from paperscale.training.operators import prepare
 from paperscale.training.pieces import Piece, piece_of
 from paperscale.training.strategies.portable import (
     PortableStrategy,
@@ -54,7 +55,6 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         nvme_path: folder of a local disk for ``nvme``.
         bucket_mb: MiB of gradients that are reduced, and of weights that are gathered, at once.
         overlap: reduce gradients while the backward pass goes on.
-        initial: returns the value of a parameter or buffer of a model that was built on the meta device.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         nvme_path: str = "/local_nvme",
         bucket_mb: int = 200,
         overlap: bool = True,
-        initial: Callable[[Tensor], Tensor] | None = None,
     ):
+        prepare(["async_io"] if "nvme" in (offload_optimizer, offload_parameters) else [], torch.cuda.is_available())
         super().__init__(
             stage=stage,
             offload_optimizer=offload_optimizer is not None,
@@ -81,7 +81,7 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         )
         assert isinstance(self.config, dict)  # noqa: S101  made by Lightning from these
         self.config["zero_force_ds_cpu_optimizer"] = False  # torch's own fused optimizers are as fast on CPUs
-        self.stage, self.initial = stage, initial
+        self.stage = stage
         self._dropping = False
 
     # -- DeepSpeed on CPUs: what Lightning admits on CUDA alone ------------------------------------------------
@@ -107,7 +107,7 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
     def setup(self, trainer: Trainer) -> None:
         """Divide the model; see to what DeepSpeed does not."""
         assert self.lightning_module is not None  # noqa: S101
-        if any(t.is_meta for t in (*self.lightning_module.parameters(), *self.lightning_module.buffers())):
+        if self.initial is not None:
             self._materialise(self.lightning_module)
         if trainer.state.fn != TrainerFn.FITTING:
             self.optimizers = []  # of the training before, which an evaluation does not set up again
@@ -149,8 +149,9 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
             segments[fragment.flat].append(Segment(fragment.at, fragment.at + fragment.size, numbers[fragment.name]))
 
         def reduce(values: Tensor) -> Tensor:
-            dist.all_reduce(values)
-            return values
+            total = values.to(self.root_device)
+            dist.all_reduce(total)
+            return total.to(values.device)
 
         divide(segments, len(numbers), reduce)
 
@@ -176,6 +177,7 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
     def _fragments(self) -> Iterator[_Fragment]:
         names = self.parameter_names()
         for flat, parameters in zip(self._flats(), self._parameters_of_flats(), strict=True):
+            parameter: Any
             for parameter in parameters:
                 place = self._place_3(parameter) if self.stage == 3 else self._place(parameter)
                 if place is not None:

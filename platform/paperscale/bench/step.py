@@ -1,0 +1,275 @@
+"""``paperscale bench step``: what a framework adds to a training step, and what logging adds to that."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from paperscale.bench.ranks import run_ranks
+from paperscale.bench.report import hardware, spread
+from paperscale.bench.step_rank import METRICS, QUICK
+from paperscale.bench.step_works import WORKS, write_set
+from paperscale.errors import FINISHED
+
+WORLD_SIZES = (1, 2)
+WAYS = {
+    "bare": "bare PyTorch loop",
+    "lightning-0": "Lightning, no metric",
+    "lightning-5": "Lightning, 5 metrics",
+    "ours-0": "Paperscale, no metric",
+    "ours-5": "Paperscale, 5 metrics",
+}
+_FRAMEWORKS = ("lightning", "ours")
+_COLUMNS = ("step", "µs/step", "times bare", "CPU µs/step", "CPU, times bare")
+_METRICS_GOAL_US, _STEP_GOAL = 60.0, 1.03
+_JUDGED = 5  # rounds from which on the goals are judged
+
+Times = dict[str, list[float]]
+"""Way to its microseconds of a step, round by round."""
+
+
+@dataclass
+class Case:
+    """One work on one number of ranks.
+
+    Attributes:
+        work: name of the work.
+        world_size: ranks.
+        device: of the ranks.
+        walls: wall time.
+        cpus: CPU time of all ranks together.
+    """
+
+    work: str
+    world_size: int
+    device: str
+    walls: Times = field(default_factory=lambda: {way: [] for way in WAYS})
+    cpus: Times = field(default_factory=lambda: {way: [] for way in WAYS})
+
+    def ratios(self, way: str, cpu: bool = False) -> list[float]:
+        """Return a way's time as a multiple of the bare loop's, round by round."""
+        times = self.cpus if cpu else self.walls
+        return [mine / bare for mine, bare in zip(times[way], times["bare"], strict=True)]
+
+    def added(self, way: str) -> list[float]:
+        """Return the CPU microseconds of one rank that a way adds to the bare loop's step, round by round."""
+        times = zip(self.cpus[way], self.cpus["bare"], strict=True)
+        return [(mine - bare) / self.world_size for mine, bare in times]
+
+    def logging(self, framework: str) -> list[float]:
+        """Return the CPU microseconds of one rank that 5 metrics add to a step, round by round."""
+        few, many = (self.cpus[f"{framework}-{metrics}"] for metrics in METRICS)
+        return [(b - a) / self.world_size for a, b in zip(few, many, strict=True)]
+
+
+@dataclass
+class Results:
+    """What was measured.
+
+    Attributes:
+        rounds: of every way.
+        quick: whether it was only tried.
+        cases: every work on every number of ranks.
+        versions: of the packages.
+        day: when.
+        hardware: where.
+    """
+
+    rounds: int
+    quick: bool
+    cases: list[Case]
+    versions: dict[str, str] = field(
+        default_factory=lambda: {name: importlib.metadata.version(name) for name in ("torch", "lightning")}
+    )
+    day: str = field(default_factory=lambda: date.today().isoformat())
+    hardware: dict[str, str] = field(default_factory=hardware)
+
+    def case(self, work: str, world_size: int = 1) -> Case:
+        """Return one case."""
+        return next(case for case in self.cases if (case.work, case.world_size) == (work, world_size))
+
+    def goals(self) -> dict[str, tuple[float, float]]:
+        """Return what was aimed at: the most, and what was measured."""
+        return {
+            "5 metrics, CPU µs a step (the tiny network)": (
+                _METRICS_GOAL_US,
+                median(self.case("tiny").logging("ours")),
+            ),
+            "ResNet-20 with 5 metrics, times the bare loop": (
+                _STEP_GOAL,
+                median(self.case("resnet20").ratios("ours-5")),
+            ),
+        }
+
+    @property
+    def judged(self) -> bool:
+        """Return whether these rounds are a measurement."""
+        return self.rounds >= _JUDGED and not self.quick
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything, with each round's figures."""
+        goals = {
+            name: {"at_most": most, "measured": round(measured, 3), "met": measured <= most if self.judged else None}
+            for name, (most, measured) in self.goals().items()
+        }
+        return {**asdict(self), "goals": goals}
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the benchmark with the options of ``paperscale bench step``.
+
+    Raises:
+        UserError: a rank does not get to its end.
+    """
+    console = Console(stderr=options.json)
+    rounds = 1 if options.quick else options.rounds
+    columns = (TextColumn("training in turns"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=rounds * len(WAYS) * len(WORKS) * len(WORLD_SIZES))
+        results = measure(rounds, options.quick, lambda done: progress.update(task, completed=done))
+    if options.json:
+        print(json.dumps(results.to_json(), indent=1))
+    else:
+        _show(results, console)
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "step.md").write_text(markdown(results))
+        (options.out / "step.json").write_text(json.dumps(results.to_json(), indent=1) + "\n")
+    return FINISHED
+
+
+# -- the ranks -----------------------------------------------------------------------------------------------
+
+
+def measure(rounds: int, quick: bool = False, progress: Callable[[int], None] = lambda done: None) -> Results:
+    """Return the figures of every work, way and number of ranks.
+
+    Args:
+        rounds: of every way.
+        quick: a few steps only: does it work?
+        progress: called with the number of trainings that are done.
+
+    Raises:
+        UserError: a rank does not get to its end.
+    """
+    cases: list[Case] = []
+    for number, world_size in enumerate(WORLD_SIZES):
+        before = number * rounds * len(WAYS) * len(WORKS)
+        ranks = run_ranks(
+            "paperscale.bench.step_rank",
+            world_size,
+            [str(rounds), str(int(quick))],
+            threads=1,
+            progress=lambda done, before=before: progress(before + done),  # type: ignore[misc]
+            prepare=lambda folder, size=world_size: _prepare(folder, size, quick),  # type: ignore[misc]
+        )
+        found = {work: Case(work, world_size, ranks[0][0]["device"]) for work in WORKS}
+        for rows in zip(*ranks, strict=True):
+            case, way = found[rows[0]["work"]], rows[0]["way"]
+            case.walls[way].append(rows[0]["wall_us"])
+            case.cpus[way].append(sum(row["cpu_us"] for row in rows))
+        cases += found.values()
+    return Results(rounds, quick, cases)
+
+
+def _prepare(folder: Path, world_size: int, quick: bool) -> None:
+    """Write the shards, and a run of each work with each number of metrics."""
+    from paperscale.jobs.run import Run, RunInfo, fill
+
+    for work, of in WORKS.items():
+        warm_up, steps = QUICK if quick else (of.warm_up, of.steps)
+        batch = of.batch_size * world_size
+        data = write_set(folder / "shards" / work, work, batch * (warm_up + steps + 1))
+        data["init_args"].update(global_batch_size=batch, val=None)
+        for metrics in METRICS:
+            model = {"class_path": "paperscale.bench.step_works.Measured"}
+            recipe = {
+                "model": {**model, "init_args": {"work": work, "metrics": metrics}},
+                "data": data,
+                "trainer": {"max_steps": warm_up + steps},
+                "tracking": {"enabled": False},
+            }
+            name = f"{work}-{metrics}"
+            info = RunInfo(name, work, "local", "local", 1, world_size, name, time.time(), "", str(folder))
+            fill(Run(folder / name), info, yaml.safe_dump(recipe))
+
+
+# -- the report ----------------------------------------------------------------------------------------------
+
+
+def _title(case: Case) -> str:
+    ranks = "1 rank" if case.world_size == 1 else f"{case.world_size} ranks"
+    return f"{WORKS[case.work].title}; {ranks}, {case.device}"
+
+
+def _lines(case: Case) -> list[list[str]]:
+    """Return a row for each way, the heading first."""
+    rows = [list(_COLUMNS)]
+    for way, title in WAYS.items():
+        times = (spread(case.walls[way]), spread(case.ratios(way)))
+        rows.append([title, *times, spread(case.cpus[way]), spread(case.ratios(way, cpu=True))])
+    return rows
+
+
+def _logging(case: Case) -> str:
+    costs = " and ".join(f"{spread(case.logging(framework))} µs" for framework in _FRAMEWORKS)
+    added = " and ".join(f"{spread(case.added(f'{framework}-0'))} µs" for framework in _FRAMEWORKS)
+    return (
+        f"CPU time of a rank, Lightning and Paperscale: {added} a step more than the bare loop without any metric, "
+        f"and {costs} more for 5 metrics."
+    )
+
+
+def _goals(results: Results) -> str:
+    parts = []
+    for name, (most, measured) in results.goals().items():
+        verdict = ("met" if measured <= most else "not met") if results.judged else "not judged, too few rounds"
+        parts.append(f"{name}: at most {most:g}, measured {measured:.3g}: {verdict}.")
+    return "Goals. " + " ".join(parts)
+
+
+def markdown(results: Results) -> str:
+    """Return the report."""
+    machine = results.hardware
+    packages = ", ".join(f"{name} {version}" for name, version in results.versions.items())
+    parts = [
+        "# What a step costs beside its arithmetic",
+        f"{results.day}: {machine['cores']} cores of {machine['cpu']}, {machine['memory']}, Linux {machine['kernel']}, "
+        f"Python {machine['python']}, {packages}. Made by `paperscale bench step`; every round's figures are in the "
+        "JSON beside.",
+        "The same network and optimizer, trained by a loop of five lines over a batch in memory, by Lightning's "
+        "Trainer as it comes over the same batch in memory, and by a run of Paperscale's with all that a run has: its "
+        "samples are read from shards and decoded, and the pulse, the stream's position, the agreement on a stop, "
+        "progress and `metrics.jsonl` are kept. Each metric is one `self.log` in `training_step`. Figures are `median "
+        f"[least..most]` of {results.rounds} rounds; in a round all ways take turns in the same processes, and ratios "
+        "are taken within a round. Each rank computes on one core; CPU time is that of all ranks and their threads.",
+        _goals(results),
+    ]
+    for case in results.cases:
+        heading, *rows = _lines(case)
+        table = [heading, ["---"] * len(heading), *rows]
+        parts += [f"## {_title(case)}", "\n".join(f"| {' | '.join(row)} |" for row in table), _logging(case)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _show(results: Results, console: Console) -> None:
+    for case in results.cases:
+        heading, *rows = _lines(case)
+        table = Table(*heading, box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*row)
+        console.print(f"[bold]{_title(case)}", table, _logging(case), "", sep="\n", highlight=False)
+    console.print(_goals(results))

@@ -1,0 +1,162 @@
+"""One rank of ``paperscale bench step``: every work in every way, in turns.
+
+    RANK=0 WORLD_SIZE=2 python -m paperscale.bench.step_rank FOLDER ROUNDS QUICK
+
+The folder holds a run for each work and number of metrics, as ``paperscale submit`` would make it. Every rank writes a
+line of JSON for each training: ``{"work": ..., "way": ..., "wall_us": ..., "cpu_us": ...}``, times of a step.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, Trainer
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from paperscale.bench.interruption_rank import Clock, connect
+from paperscale.bench.ranks import emit
+from paperscale.bench.step_works import WORKS, Measured, batch, network, sgd
+from paperscale.jobs.environment import JobEnvironment
+from paperscale.jobs.run import Attempt, Run
+from paperscale.jobs.worker import Worker
+from paperscale.training.recipe import RecipeCLI
+
+METRICS = (0, 5)
+QUICK = (2, 3)
+"""Steps of warm-up, and counted, where it is only tried."""
+
+
+class Timed(Callback):
+    """Times the steps after the first ones.
+
+    Args:
+        clock: of the steps.
+        warm_up: steps before it is set.
+        steps: steps until it is read.
+    """
+
+    def __init__(self, clock: Clock, warm_up: int, steps: int):
+        self.clock, self.warm_up, self.steps = clock, warm_up, steps
+        self.result: dict[str, float] = {}
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Set or read the clock."""
+        if trainer.global_step == self.warm_up:
+            self.clock.begin()
+        elif trainer.global_step == self.warm_up + self.steps:
+            self.result = self.clock.read(self.steps)
+
+
+class Ways:
+    """The ways to train a work.
+
+    Args:
+        folder: of the runs.
+        work: one of :data:`~paperscale.bench.step_works.WORKS`.
+        device: of this rank.
+        store: shared by the ranks; ``None`` for one.
+        quick: whether a few steps are enough.
+    """
+
+    def __init__(self, folder: Path, work: str, device: torch.device, store: dist.Store | None, quick: bool):
+        self.folder, self.work, self.device, self.store = folder, work, device, store
+        self.clock = Clock(device)
+        self.warm_up, self.steps = QUICK if quick else (WORKS[work].warm_up, WORKS[work].steps)
+        self.world_size = int(os.environ["WORLD_SIZE"])
+        self._trainings = 0
+
+    def all(self) -> dict[str, Callable[[], dict[str, float]]]:
+        """Return each way's training."""
+        ways: dict[str, Callable[[], dict[str, float]]] = {"bare": self.bare}
+        for metrics in METRICS:
+            ways[f"lightning-{metrics}"] = partial(self.lightning, metrics)
+            ways[f"ours-{metrics}"] = partial(self.ours, metrics)
+        return ways
+
+    def bare(self) -> dict[str, float]:
+        """A loop of five lines over batches in memory."""
+        model: Any = network(self.work).to(self.device)
+        model = DistributedDataParallel(model) if self.world_size > 1 else model
+        optimizer, data = sgd(model), batch(self.work)
+        for step in range(self.warm_up + self.steps):
+            if step == self.warm_up:
+                self.clock.begin()
+            optimizer.zero_grad()
+            model({name: value.to(self.device) for name, value in data.items()}).backward()
+            optimizer.step()
+        return self.clock.read(self.steps)
+
+    def lightning(self, metrics: int) -> dict[str, float]:
+        """Lightning's Trainer as it comes, over batches in memory."""
+        timed = Timed(self.clock, self.warm_up, self.steps)
+        trainer = Trainer(
+            accelerator=self.device.type,
+            devices=self.world_size,
+            plugins=[JobEnvironment()],
+            max_steps=self.warm_up + self.steps,
+            callbacks=[timed],
+            default_root_dir=str(self.folder / "lightning"),
+        )
+        data: list[Any] = [batch(self.work)] * (self.warm_up + self.steps)
+        trainer.fit(Measured(self.work, metrics), DataLoader(data, batch_size=None))  # type: ignore[arg-type]
+        return timed.result
+
+    def ours(self, metrics: int) -> dict[str, float]:
+        """A run of Paperscale's: shards, position, agreement, pulse, progress, checkpoints."""
+        run = Run(self.folder / f"{self.work}-{metrics}")
+        self._trainings += 1
+        attempt = Attempt(run.path / "attempts" / f"{self._trainings:04d}")
+        attempt.path.mkdir(exist_ok=True)
+        worker = Worker(run, attempt)
+        worker.choose_checkpoint()  # each training begins at the start all the same
+        worker.store = self.store and dist.PrefixStore(f"{self.work}/{self._trainings}/", self.store)
+        cli = RecipeCLI([f"--config={run.recipe}"])
+        timed = Timed(self.clock, self.warm_up, self.steps)
+        trainer: Any = worker.build_trainer(cli, None)
+        trainer.callbacks.append(timed)
+        trainer.fit(cli.model, datamodule=cli.datamodule)
+        return timed.result
+
+
+def main(folder: Path, rounds: int, quick: bool) -> None:
+    """Train every work in every way, in turns; each round begins with another."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    on_gpu = torch.cuda.device_count() >= world_size
+    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    store = None
+    if world_size > 1:
+        store = connect(folder, rank, world_size)
+        dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size)
+    where = torch.cuda.get_device_name(device) if on_gpu else "CPU"
+    ways = {work: Ways(folder, work, device, store, quick).all() for work in WORKS}
+    for number in range(0 if quick else -1, rounds):  # the first is not counted: it pays for what is loaded late
+        for work, trainings in ways.items():
+            todo = list(trainings.items())
+            first = number % len(todo)
+            for way, train in [*todo[first:], *todo[:first]]:
+                if store:
+                    dist.barrier()
+                times = train()
+                if number >= 0:
+                    line = {"work": work, "way": way, "device": where, **times}
+                    emit(folder, line)
+    if store:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.INFO)
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "1")
