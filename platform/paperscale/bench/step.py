@@ -255,7 +255,8 @@ def markdown(results: Results) -> str:
         "samples are read from shards and decoded, and the pulse, the stream's position, the agreement on a stop, "
         "progress and `metrics.jsonl` are kept. Each metric is one `self.log` in `training_step`. Figures are `median "
         f"[least..most]` of {results.rounds} rounds; in a round all ways take turns in the same processes, and ratios "
-        "are taken within a round. Each rank computes on one core; CPU time is that of all ranks and their threads.",
+        "are taken within a round. Each rank computes on one core, and in all ways keeps the memory that it has freed, "
+        "as every rank of Paperscale's does. CPU time is that of all ranks with their threads, which read and decode.",
         _goals(results),
     ]
     for case in results.cases:

@@ -20,15 +20,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from paperscale.bench.interruption_rank import Clock, connect
 from paperscale.bench.ranks import emit
-from paperscale.bench.step_works import WORKS, Measured, batch, network, sgd
+from paperscale.bench.step_works import WORKS, Measured, network, sgd
 from paperscale.jobs.environment import JobEnvironment
 from paperscale.jobs.run import Attempt, Run
 from paperscale.jobs.worker import Worker
+from paperscale.training.memory import keep_freed_memory
 from paperscale.training.recipe import RecipeCLI
 
 METRICS = (0, 5)
@@ -74,6 +76,17 @@ class Ways:
         self.warm_up, self.steps = QUICK if quick else (WORKS[work].warm_up, WORKS[work].steps)
         self.world_size = int(os.environ["WORLD_SIZE"])
         self._trainings = 0
+        self.batch = self._prepared()
+
+    def _prepared(self) -> dict[str, Tensor]:
+        """Return one rank's batch as the shards give it, layout included."""
+        data = RecipeCLI([f"--config={self._run(METRICS[0]).recipe}"]).datamodule
+        batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+        count = WORKS[self.work].batch_size
+        return {name: value[:count].clone() for name, value in batch.items() if isinstance(value, Tensor)}
+
+    def _run(self, metrics: int) -> Run:
+        return Run(self.folder / f"{self.work}-{metrics}")
 
     def all(self) -> dict[str, Callable[[], dict[str, float]]]:
         """Return each way's training."""
@@ -87,12 +100,12 @@ class Ways:
         """A loop of five lines over batches in memory."""
         model: Any = network(self.work).to(self.device)
         model = DistributedDataParallel(model) if self.world_size > 1 else model
-        optimizer, data = sgd(model), batch(self.work)
+        optimizer = sgd(model)
         for step in range(self.warm_up + self.steps):
             if step == self.warm_up:
                 self.clock.begin()
             optimizer.zero_grad()
-            model({name: value.to(self.device) for name, value in data.items()}).backward()
+            model({name: value.to(self.device) for name, value in self.batch.items()}).backward()
             optimizer.step()
         return self.clock.read(self.steps)
 
@@ -107,13 +120,13 @@ class Ways:
             callbacks=[timed],
             default_root_dir=str(self.folder / "lightning"),
         )
-        data: list[Any] = [batch(self.work)] * (self.warm_up + self.steps)
+        data: list[Any] = [self.batch] * (self.warm_up + self.steps)
         trainer.fit(Measured(self.work, metrics), DataLoader(data, batch_size=None))  # type: ignore[arg-type]
         return timed.result
 
     def ours(self, metrics: int) -> dict[str, float]:
         """A run of Paperscale's: shards, position, agreement, pulse, progress, checkpoints."""
-        run = Run(self.folder / f"{self.work}-{metrics}")
+        run = self._run(metrics)
         self._trainings += 1
         attempt = Attempt(run.path / "attempts" / f"{self._trainings:04d}")
         attempt.path.mkdir(exist_ok=True)
@@ -157,6 +170,7 @@ def main(folder: Path, rounds: int, quick: bool) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    keep_freed_memory()
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)
     main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "1")

@@ -1,4 +1,4 @@
-"""What ``paperscale bench step`` trains: three networks, their shards, and the same batches in memory."""
+"""What ``paperscale bench step`` trains: three networks and their shards."""
 
 from __future__ import annotations
 
@@ -123,19 +123,6 @@ def network(work: str) -> nn.Module:
 def sgd(module: nn.Module) -> torch.optim.Optimizer:
     """Return the optimizer of every way."""
     return torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9)
-
-
-def batch(work: str) -> dict[str, Tensor]:
-    """Return one rank's batch, prepared."""
-    of = WORKS[work]
-    generator = torch.Generator().manual_seed(0)
-    if not of.side:
-        text = torch.randint(VOCABULARY, (of.batch_size, of.length + 1), generator=generator)
-        return {"tokens": text[:, :-1].contiguous(), "targets": text[:, 1:].contiguous()}
-    return {
-        "image": torch.randn(of.batch_size, 1, of.side, of.side, generator=generator),
-        "label": torch.randint(CLASSES, (of.batch_size,), generator=generator),
-    }
 
 
 def write_set(folder: Path, work: str, samples: int) -> dict[str, Any]:

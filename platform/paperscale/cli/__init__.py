@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from paperscale import __version__
-from paperscale.cli import cluster, data, jobs, others, training
+from paperscale.cli import checkpoints, cluster, data, jobs, others, training
 from paperscale.cli.options import Command, Parser
 from paperscale.errors import FINISHED, USER_ERROR, UserError, describe, is_users_mistake, nearest
 
@@ -93,6 +93,6 @@ def build_parser() -> Parser:
         command.set_defaults(run=run)
         return command
 
-    for module in (training, jobs, cluster, data, others):
+    for module in (training, jobs, checkpoints, cluster, data, others):
         module.add_commands(add)
     return parser

@@ -1,4 +1,4 @@
-"""Commands about runs: resume, runs, status, watch, logs, checkpoint, cancel, diff, drill."""
+"""Commands about runs: resume, runs, status, watch, logs, cancel, diff, drill."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from paperscale.cli.options import (
     run_argument,
     shape_options,
     strategy_option,
+    tell,
+    wait_option,
     with_strategy,
 )
 from paperscale.errors import FAILED, FINISHED, UserError
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
 _NEWEST = 50  # runs that are listed on a terminal
 _WIDE = 130  # columns of a terminal that hold the whole table of runs
 _LESS_IMPORTANT = ("cluster", "attempts", "loss", "created")
-_WAIT_S = 120
 _SORTS = ("created", "name", "recipe", "cluster", "state", "attempts", "step", "loss")
 
 
@@ -59,14 +60,11 @@ def add_commands(add: Add) -> None:
     watch.add_argument("--once", action="store_true", help="print what there is now and end")
     watch.add_argument("--json", action="store_true", help="print what there is now as JSON, as of `status`, and end")
     _add_logs(add("logs", run_logs, "print a run's log"))
-    checkpoint = add("checkpoint", run_checkpoint, "let a running job write a checkpoint now")
-    run_argument(checkpoint)
-    _wait_option(checkpoint, "the checkpoint")
     cancel = add("cancel", run_cancel, "end runs for good")
     _several_runs(cancel, "runs")
     cancel.add_argument("--group", help="all runs of this sweep that are alive").completer = complete_groups  # type: ignore[attr-defined]
     cancel.add_argument("--save", action="store_true", help="write a checkpoint first, and wait for the end")
-    _wait_option(cancel, "the end, with --save")
+    wait_option(cancel, "the end, with --save")
     diff = add("diff", run_diff, "show what two runs differ in: recipe, cluster, code, results")
     run_argument(diff)
     run_argument(diff, "other_name", "OTHER")
@@ -114,13 +112,6 @@ def _rank(text: str) -> int | None:
 def _several_runs(parser: Parser, help: str) -> None:
     runs = parser.add_argument("run_names", metavar="RUN", nargs="*", help=help)
     runs.completer = complete_runs  # type: ignore[attr-defined]
-
-
-def _wait_option(parser: Parser, what: str) -> None:
-    parser.add_argument(
-        "--timeout", type=positive, default=_WAIT_S, metavar="S", help=f"seconds to wait for {what} (default {_WAIT_S})"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run_resume(args: argparse.Namespace) -> int:
@@ -237,19 +228,6 @@ def run_logs(args: argparse.Namespace) -> int:
     return FINISHED
 
 
-def run_checkpoint(args: argparse.Namespace) -> int:
-    """Write a checkpoint now."""
-    from paperscale.jobs.switches import save
-
-    run = find(args)
-    name = save(run, args.timeout, _tell)
-    if args.json:
-        print_json({"run": run.name, "checkpoint": name})
-    else:
-        print(f"{run.name} has written {name}")
-    return FINISHED
-
-
 def run_cancel(args: argparse.Namespace) -> int:
     """Cancel runs: all that can be, whatever becomes of the others."""
     from paperscale.jobs.status import LIVE, cancel, read_all, statuses
@@ -270,7 +248,7 @@ def run_cancel(args: argparse.Namespace) -> int:
         one = {"run": run.name, "cancelled": True, "checkpoint": None, "warning": "", "error": ""}
         try:
             if args.save:
-                save_and_cancel(run, now, args.timeout, _tell)
+                save_and_cancel(run, now, args.timeout, tell)
             else:
                 one["warning"] = cancel(run, now)
         except UserError as error:
@@ -375,8 +353,3 @@ def _in_group(group: str) -> list[Run]:
     if not rows:
         raise UserError(f"no run belongs to a sweep '{group}'; `paperscale runs --json` names the group of each")
     return [row.run for row in rows]
-
-
-def _tell(line: str) -> None:
-    """Say what is waited for, without mixing it into the output."""
-    print(line, file=sys.stderr, flush=True)

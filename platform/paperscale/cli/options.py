@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import shlex
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -16,11 +17,18 @@ if TYPE_CHECKING:
 
     from paperscale.jobs.run import Run
 
+_WAIT_S = 120
 Command = Callable[[argparse.Namespace], int]
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors suggest the nearest right name."""
+    """An argument parser whose errors suggest the nearest right name.
+
+    Attributes:
+        on_unknown: what to say of a choice, ``{}``, that is like none.
+    """
+
+    on_unknown = ""
 
     def error(self, message: str) -> NoReturn:
         """Raise a one-line error."""
@@ -32,6 +40,7 @@ class Parser(argparse.ArgumentParser):
         elif "invalid choice" in message:
             at = words.index("choice:")
             hint = nearest(words[at + 1], [word.strip("()") for word in words[at + 2 :]])
+            hint = hint or self.on_unknown.format(words[at + 1])
         raise UserError(f"{message.split(' (choose')[0]}{hint}; see `{self.prog} --help`")
 
 
@@ -68,6 +77,19 @@ def strategy_option(parser: Parser, default: str = "the recipe's") -> None:
 def with_strategy(words: list[str], args: argparse.Namespace) -> list[str]:
     """Return the recipe's words with the strategy that was asked for by its option."""
     return [*words, f"trainer.strategy={args.strategy}"] if args.strategy else words
+
+
+def wait_option(parser: Parser, what: str) -> None:
+    """Add how long to wait, and whether to print JSON."""
+    parser.add_argument(
+        "--timeout", type=positive, default=_WAIT_S, metavar="S", help=f"seconds to wait for {what} (default {_WAIT_S})"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def tell(line: str) -> None:
+    """Say what is waited for, without mixing it into the output."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def position(text: str, least: int = 0) -> int:

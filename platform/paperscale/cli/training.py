@@ -34,6 +34,7 @@ def add_commands(add: Add) -> None:
     recipe_argument(fit, f"{keys}; every key of --print_config can be set, also as --key value", complete_recipes)
     fit.add_argument("--name", help="name of the run (default: the recipe's)")
     strategy_option(fit)
+    _init_option(fit)
     fit.add_argument("--print_config", action="store_true", help="print the resolved configuration and exit")
     for name, what in (("validate", "score the validation split"), ("test", "score the test split")):
         recipe_argument(
@@ -51,6 +52,7 @@ def add_commands(add: Add) -> None:
     recipe_argument(submit, keys, complete_recipes)
     shape_options(submit)
     strategy_option(submit)
+    _init_option(submit)
     submit.add_argument("--cluster", default="local", help="profile of the cluster (default: local)").completer = (  # type: ignore[attr-defined]
         complete_clusters
     )
@@ -74,10 +76,14 @@ def add_commands(add: Add) -> None:
 
 
 def _checkpoint_option(parser: Parser) -> Parser:
-    parser.add_argument(
-        "--checkpoint", type=Path, help="folder of a checkpoint (default: the run's newest that verifies)"
-    )
+    help = "best, last, a step, or a checkpoint's folder (default: the run's newest that verifies)"
+    parser.add_argument("--checkpoint", metavar="NAME", help=help)
     return parser
+
+
+def _init_option(parser: Parser) -> None:
+    help = "begin with the weights of a run or checkpoint (also @best, @STEP), or of a .safetensors file"
+    parser.add_argument("--init-from", metavar="SOURCE", help=help).completer = complete_runs  # type: ignore[attr-defined]
 
 
 def _name(args: argparse.Namespace) -> str | None:
@@ -88,14 +94,15 @@ def _name(args: argparse.Namespace) -> str | None:
 
 
 def _words(args: argparse.Namespace) -> list[str]:
-    """Return the recipe's words, the strategy included.
+    """Return the recipe's words, with what options say of it.
 
     Raises:
         UserError: it is set twice.
     """
     if args.strategy and any(word.lstrip("-").startswith("trainer.strategy") for word in args.recipe):
         raise UserError("--strategy and trainer.strategy set the same key; leave one of the two out")
-    return with_strategy(args.recipe, args)
+    initial = [f"init_from={args.init_from}"] if args.init_from else []
+    return [*with_strategy(args.recipe, args), *initial]
 
 
 def run_fit(args: argparse.Namespace) -> int:

@@ -10,49 +10,58 @@ import torch
 from lightning.pytorch import Trainer
 
 from paperscale.errors import UserError
+from paperscale.jobs.checkpoints import find
 from paperscale.jobs.environment import JobEnvironment
 from paperscale.jobs.run import Run
-from paperscale.training.checkpoint import newest_verified, verify
+from paperscale.training import strategies
+from paperscale.training.checkpoint import MANIFEST, read_manifest
 from paperscale.training.recipe import RecipeCLI
 from paperscale.training.tensorfile import TensorReader
-from paperscale.training.weights import read_weights
+from paperscale.training.weights import has_averages, of_checkpoint, read_weights
 
 
-def evaluate(stage: str, run: Run | None, recipe: list[str], checkpoint: Path | None) -> dict[str, Any]:
+def evaluate(stage: str, run: Run | None, recipe: list[str], checkpoint: str | None) -> dict[str, Any]:
     """Return the metrics of ``validate`` or ``test``; ``predict`` writes a file and returns where.
+
+    Where the checkpoint holds averages of the weights, these are scored, unless ``ema.evaluate`` is false.
 
     Args:
         stage: ``validate``, ``test`` or ``predict``.
         run: the run whose checkpoint and folder are used.
         recipe: arguments of the recipe's command line.
-        checkpoint: folder of a checkpoint, by default the run's newest that verifies.
+        checkpoint: ``best``, ``last`` (the default) or a step of the run, or the folder of a checkpoint.
 
     Raises:
         UserError: there is no checkpoint, or it does not verify.
     """
-    if checkpoint is None and run is not None:
-        checkpoint, passed_over = newest_verified(run.checkpoints)
-        for reason in passed_over:
-            print(f"WARNING passed over {reason}")
-    if checkpoint is None:
-        where = f"run '{run.name}' has no checkpoint that verifies" if run else "name a run (`paperscale runs`)"
-        raise UserError(f"no checkpoint to {stage}: {where}; or give --checkpoint FOLDER")
-    manifest = verify(checkpoint)
+    folder = _checkpoint(stage, run, checkpoint)
     cli = RecipeCLI(recipe)
     trainer: Trainer = cli.trainer_for(
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
         devices=1,
+        strategy=strategies.make("auto", world_size=1, device=cli.device),  # the run's may need its processes
         plugins=[JobEnvironment()],
-        default_root_dir=str(checkpoint),  # in a job, Lightning loads any hpc_ckpt_* that it finds there
+        default_root_dir=str(folder),  # in a job, Lightning loads any hpc_ckpt_* that it finds there
     )
-    read_weights(cli.model, TensorReader(checkpoint))
+    averages = cli.config_init.ema.evaluate and has_averages(TensorReader(folder))
+    read_weights(cli.model, of_checkpoint(folder, averages))
+    facts = {"step": read_manifest(folder).step, **({"weights": "averages"} if averages else {})}
     if stage == "predict":
         parts: list[Any] = trainer.predict(cli.model, datamodule=cli.datamodule) or []
         values = torch.cat([part.cpu() for part in parts]).tolist()
         out = (run.path if run else Path.cwd()) / "predictions.json"
         out.write_text(json.dumps(values) + "\n")
-        return {"predictions": len(values), "file": str(out), "step": manifest.step}
+        return {"predictions": len(values), "file": str(out), **facts}
     function = trainer.validate if stage == "validate" else trainer.test
-    return {**function(cli.model, datamodule=cli.datamodule, verbose=False)[0], "step": manifest.step}
+    return {**function(cli.model, datamodule=cli.datamodule, verbose=False)[0], **facts}
+
+
+def _checkpoint(stage: str, run: Run | None, checkpoint: str | None) -> Path:
+    """Return the folder of the checkpoint that is meant."""
+    if checkpoint and (Path(checkpoint) / MANIFEST).exists():
+        return find(str(Path(checkpoint).absolute()))
+    if run is None:
+        raise UserError(f"no checkpoint to {stage}: name a run (`paperscale runs`), or give --checkpoint FOLDER")
+    return find(str(run.path), checkpoint)

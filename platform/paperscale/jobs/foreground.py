@@ -18,6 +18,7 @@ from paperscale.jobs.submit import new_run, resolve
 from paperscale.recipes import RecipeArguments
 from paperscale.tracking.identity import new_id
 from paperscale.training import signals
+from paperscale.training.memory import keep_freed_memory
 
 
 def fit(recipe: RecipeArguments, name: str | None, command: str) -> int:
@@ -85,6 +86,7 @@ class _Tee:
 def train_here(run: Run) -> int:
     """Train a run in this process; Ctrl-C checkpoints and stops."""
     signals.install()
+    keep_freed_memory()
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "SLURM_STEP_ID"):
         os.environ.pop(name, None)  # a shell inside a job may carry another job's
     run.set_job(process_id(os.getpid()))

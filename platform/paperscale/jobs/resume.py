@@ -119,8 +119,9 @@ def _shape(info: RunInfo, asked: Shape) -> Shape:
 
 def _validated(run: Run, place: Place, here: bool, changes: Changes) -> Validated:
     """Return the run's recipe with its changes, checked as at submission and with the code that it runs with."""
-    longer = any(key in _LENGTH for key, _ in changes) and any(run.checkpoints.glob("step-*"))
-    check = Validator(place, without_memory=not here, lengthened=longer)
+    begun = any(run.checkpoints.glob("step-*"))
+    longer = begun and any(key in _LENGTH for key, _ in changes)
+    check = Validator(place, without_memory=not here, lengthened=longer, begun=begun)
     imports = sys.path.copy()
     snapshot.use(run.path / "code", Path(run.info.workdir))
     try:

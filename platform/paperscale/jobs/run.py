@@ -15,6 +15,7 @@
                           attempts heed: samples to pass over, a smaller forward pass); recipe.yaml and results.json
                           (those that held until a later `resume` changed the recipe, or trained on)
         checkpoints/      step-00000400/ ...
+        init/             the weights that it began with, where the recipe names some
         progress.json     where the training is
         metrics.jsonl     every logged row
         results.json      the final metrics; its presence means finished

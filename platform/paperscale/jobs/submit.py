@@ -15,6 +15,7 @@ from typing import Any
 from paperscale.errors import UserError
 from paperscale.jobs import profile as profiles
 from paperscale.jobs import snapshot
+from paperscale.jobs.checkpoints import keep_initial
 from paperscale.jobs.engines import ENGINES
 from paperscale.jobs.profile import Profile
 from paperscale.jobs.render import render
@@ -189,6 +190,7 @@ def new_run(info: RunInfo, recipe: str) -> Iterator[Run]:
     run = create(info, recipe)
     try:
         warning = snapshot.take(run.path / "code", Path.cwd())
+        keep_initial(run, recipe)
         yield run
     except BaseException:
         if not run.job:

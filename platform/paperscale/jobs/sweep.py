@@ -24,6 +24,7 @@ import yaml
 
 from paperscale.errors import UserError
 from paperscale.jobs import snapshot
+from paperscale.jobs.checkpoints import keep_initial
 from paperscale.jobs.engines import ENGINES, sbatch, scancel
 from paperscale.jobs.facts import Cluster
 from paperscale.jobs.profile import Profile
@@ -327,6 +328,7 @@ def _new_runs(plan: Plan, validated: list[Validated]) -> Iterator[list[Run]]:
     try:
         for info, checked, _ in zip(plan.infos, validated, _showing("writing", plan.chosen), strict=True):
             runs.append(create(info, checked.recipe))
+            keep_initial(runs[-1], checked.recipe)
             code = runs[-1].path / "code"
             if len(runs) > 1:
                 snapshot.share(runs[0].path / "code", code)

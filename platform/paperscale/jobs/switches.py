@@ -37,7 +37,7 @@ def save(run: Run, timeout_s: float, say: Callable[[str], None]) -> str:
     if run.info.engine == "here":
         raise UserError(f"run '{run.name}' trains in a terminal: Ctrl-C there saves and stops it")
     before = newest(run)
-    with _switch(run, "save", "paperscale checkpoint"):
+    with _switch(run, "save", "paperscale checkpoint save"):
         for state in _wait(run, timeout_s, say):
             if newest(run) > before:
                 return newest(run)

@@ -73,7 +73,7 @@ class Validated:
 
     Attributes:
         recipe: the resolved configuration as YAML.
-        data: folders of the shards on a file system.
+        data: folders on a file system that are read: of the shards, and of weights to begin with.
         warnings: what the user should know.
     """
 
@@ -91,11 +91,20 @@ class Validator:
             user's module may keep such a tensor.
         with_data: refuse a recipe whose shards are missing; without it, what needs them is left out if they are.
         lengthened: whether a run that has begun is to be trained for longer than its schedules were made for.
+        begun: whether a run has checkpoints to continue from: the weights that it began with may be gone.
     """
 
-    def __init__(self, place: Place, without_memory: bool = True, with_data: bool = True, lengthened: bool = False):
+    def __init__(
+        self,
+        place: Place,
+        without_memory: bool = True,
+        with_data: bool = True,
+        lengthened: bool = False,
+        begun: bool = False,
+    ):
         self.place, self.without_memory, self.with_data = place, without_memory, with_data
-        self.lengthened = lengthened
+        self.lengthened, self.begun = lengthened, begun
+        self._initial: dict[str, Path] = {}
         self._done: set[str] = set()
         self._warnings: dict[str, None] = {}
 
@@ -120,13 +129,19 @@ class Validator:
             if self.lengthened:
                 self._check_schedules(cli)
             self._check_memory(cli)
+            if cli.config.init_from and not self.begun:
+                self._check_initial(cli)
         paths = cli.config.data.init_args.get("path") or []
         paths = [paths] if isinstance(paths, str) else paths
         if paths:
             paths = [path if "://" in path else str(Path(path).absolute()) for path in paths]
             cli.config.data.init_args.path = paths[0] if len(paths) == 1 else paths
-        local = tuple(path for path in paths if "://" not in path)
-        return Validated(cli.resolved(), local, tuple(self._warnings))
+        local = [path for path in paths if "://" not in path]
+        if cli.config.init_from and not self.begun:
+            source = self._initial_from(cli.config.init_from)
+            cli.config.init_from = str(source)
+            local.append(str(source if source.is_dir() else source.parent))
+        return Validated(cli.resolved(), tuple(local), tuple(self._warnings))
 
     def _new(self, content: Any) -> bool:
         """Return whether this is seen for the first time."""
@@ -174,6 +189,24 @@ class Validator:
                 continue
             return f", such as --nodes {nodes} --procs-per-node {count}"
         return ""
+
+    def _initial_from(self, text: str) -> Path:
+        """Return where the weights are that the training begins with."""
+        from paperscale.jobs.checkpoints import resolve_initial
+
+        if text not in self._initial:
+            self._initial[text] = resolve_initial(text)
+        return self._initial[text]
+
+    def _check_initial(self, cli: Any) -> None:
+        """Compare the model with the weights that it begins with."""
+        from paperscale.training.initial import match, renamed
+        from paperscale.training.weights import open_weights
+
+        source = self._initial_from(cli.config.init_from)
+        fits = match(cli.model, renamed(open_weights(source), cli.config.init_prefix))
+        if not fits.is_whole:
+            self._warnings[f"init_from: {fits}; the log names them"] = None
 
     def _check_optimizers(self, cli: Any, of: Sharding) -> None:
         """Check how the model is optimized, as far as that can be found out without training."""

@@ -39,7 +39,7 @@ from paperscale.errors import (
     is_lost_rank,
     is_users_mistake,
 )
-from paperscale.jobs import amends, snapshot
+from paperscale.jobs import amends, checkpoints, snapshot
 from paperscale.jobs.run import Attempt, Run
 from paperscale.training.checkpoint import clear_unfinished, newest_verified, read_manifest
 from paperscale.training.pulse import Pulse
@@ -122,6 +122,7 @@ class Worker:
 
     def run_attempt(self) -> int:
         """Train to the end, or to where the ranks were told to stop; return the exit code."""
+        from paperscale.training import speed
         from paperscale.training.recipe import RecipeCLI
 
         snapshot.use(self.run.path / "code", Path(self.info.workdir))
@@ -133,6 +134,7 @@ class Worker:
         )
         resume = self.choose_checkpoint()
         cli = RecipeCLI([f"--config={self.run.recipe}"], defer=True)
+        speed.apply(cli.config_init.speed, cli.model)
         self.make_amends(cli)
         self.record(
             strategy=sharding(cli.config.trainer.strategy, self.world_size).name,
@@ -198,9 +200,9 @@ class Worker:
         smaller = cli.datamodule.halved(self.world_size)
         if smaller is None:
             raise UserError(
-                f"{what} with one sample a forward pass ({describe(error)[:200]}); checkpoint activations "
-                "(speed.checkpoint_activations), divide the model (--strategy fsdp, or deepspeed_zero3_offload), or "
-                "use devices with more memory"
+                f"{what} with one sample a forward pass ({describe(error)[:200]}); use "
+                "speed.activation_checkpointing=blocks, divide the model (--strategy fsdp or deepspeed_zero3_offload), "
+                "or use devices with more memory"
             ) from error
         (name, value), *_ = smaller.items()
         reason = f"{what}; goes on with data.{name}={value} and the same global batches"
@@ -354,6 +356,7 @@ class Worker:
             own.FirstBatch(self.record_first_batch),
             own.StreamPosition(),
             self.guard,
+            *self.initial_weights(cli, resume),
             *ema,
             self.progress,
             Checkpointing(
@@ -371,6 +374,15 @@ class Worker:
             ),
             *map(EMAEnd, ema),
         ]
+
+    def initial_weights(self, cli: RecipeCLI, resume: Path | None) -> list[Any]:
+        """Return what gives the model its first weights, until there is a checkpoint to continue from."""
+        source, prefix = cli.config_init.init_from, cli.config_init.init_prefix
+        if resume or not source:
+            return []
+        from paperscale.training.initial import InitialWeights
+
+        return [InitialWeights(checkpoints.initial(self.run, source), prefix, self.say)]
 
     def record_first_batch(self, position: int, samples: list[int]) -> None:
         """Record with which samples the attempt begins, and when."""
@@ -451,7 +463,9 @@ class Worker:
 
 if __name__ == "__main__":
     from paperscale.training.callbacks import exit_now
+    from paperscale.training.memory import keep_freed_memory
 
+    keep_freed_memory()
     signals.end_with_parent(signal.SIGKILL)  # a rank without its agent is watched by nobody
     keep_stacks(Attempt(Path(sys.argv[1]) / "attempts" / f"{int(sys.argv[2]):04d}"), int(os.environ.get("RANK", 0)))
     code = main(sys.argv[1], int(sys.argv[2]))

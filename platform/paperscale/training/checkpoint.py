@@ -20,6 +20,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Collection
@@ -33,6 +34,7 @@ from paperscale.data.index import sha256
 from paperscale.errors import UserError
 
 MANIFEST = "manifest.json"
+RECIPE = "recipe.yaml"
 VERSION = 2
 _READERS = 8
 _READ_BY_RANKS = ("rank-*.pt", "tensors-*.safetensors")
@@ -72,6 +74,7 @@ class CheckpointManifest:
     wandb_id: str = ""
     created: float = 0.0
     aliases: dict[str, str] = field(default_factory=dict)
+    buffers: list[str] = field(default_factory=list)
     version: int = VERSION
     checksum: str = ""
 
@@ -100,21 +103,25 @@ def read_manifest(checkpoint: Path) -> CheckpointManifest:
         raise UserError(f"{path}: not a readable manifest ({error}); {_RESTORE}") from error
 
 
-def verify(checkpoint: Path) -> CheckpointManifest:
+def verify(checkpoint: Path, hashes: bool = True) -> CheckpointManifest:
     """Check every file of a checkpoint against its manifest.
+
+    Args:
+        checkpoint: its folder.
+        hashes: read the files; without it only their sizes are looked at.
 
     Raises:
         UserError: a file is missing, cut short, changed, unreadable, or not of this checkpoint; names it.
     """
     manifest = read_manifest(checkpoint)
     try:
-        _verify_files(checkpoint, manifest.files)
+        _verify_files(checkpoint, manifest.files, hashes)
     except OSError as error:
         raise UserError(f"{error.filename or checkpoint} cannot be read ({error.strerror}); {_RESTORE}") from error
     return manifest
 
 
-def _verify_files(checkpoint: Path, files: dict[str, dict[str, Any]]) -> None:
+def _verify_files(checkpoint: Path, files: dict[str, dict[str, Any]], hashes: bool) -> None:
     for name, expected in files.items():
         file = checkpoint / name
         if not file.is_file():
@@ -124,9 +131,11 @@ def _verify_files(checkpoint: Path, files: dict[str, dict[str, Any]]) -> None:
     for file in (file for pattern in _READ_BY_RANKS for file in checkpoint.glob(pattern)):
         if file.name not in files:
             raise UserError(f"{file} is not of this checkpoint; move it elsewhere")
+    if not hashes:
+        return
     with ThreadPoolExecutor(_READERS) as pool:  # hashing gives the interpreter free
-        hashes = pool.map(sha256, [checkpoint / name for name in files])
-        for (name, expected), found in zip(files.items(), hashes, strict=True):
+        found_hashes = pool.map(sha256, [checkpoint / name for name in files])
+        for (name, expected), found in zip(files.items(), found_hashes, strict=True):
             if found != expected["sha256"]:
                 raise UserError(f"{checkpoint / name} is not what was written (SHA-256 differs); {_RESTORE}")
 
@@ -281,7 +290,8 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its parts do
-        what = f"{type(error).__name__}: {str(error).partition('. ')[0].splitlines()[0]}" if str(error) else repr(error)
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it names {found[1]}" if found else type(error).__name__
         raise UserError(f"{path} is not plain data and was not loaded ({what}); {_RESTORE}") from error
     return state
 

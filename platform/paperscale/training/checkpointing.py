@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ from torch.distributed import Store
 from paperscale.errors import Interrupted, Superseded, UserError, nearest
 from paperscale.training.callbacks import datamodule
 from paperscale.training.checkpoint import (
+    RECIPE,
     CheckpointOptions,
     random_state,
     rank_file,
@@ -25,13 +28,12 @@ from paperscale.training.checkpoint import (
 from paperscale.training.interruption import StopAgreement
 from paperscale.training.logbook import continue_epoch, epoch_sums
 from paperscale.training.metric_state import metric_state, restore_metric_state
-from paperscale.training.pieces import Piece, to_write
+from paperscale.training.pieces import Piece, persistent_buffers, to_write
 from paperscale.training.pulse import Pulse
 from paperscale.training.saving import SUPERSEDED, Files, Job, Saver
 from paperscale.training.strategies.portable import STATE, PortableStrategy
 from paperscale.training.tensorfile import Buffer, TensorReader, tensor_file
 
-RECIPE = "recipe.yaml"
 _LINGER_S = 60.0
 
 
@@ -240,25 +242,23 @@ class Checkpointing(Checkpoint):
         files: Files = {tensor_file(rank): self._buffer.take(written), rank_file(rank): [self._plain(own)]}
         trainer.save_checkpoint(self.folder / STATE, weights_only=False)  # kept by the strategy, written here
         if rank == 0:
-            files[STATE] = [self._plain(strategy.captured)]
+            files[STATE] = [self._plain(strategy.captured or {})]
             files[RECIPE] = [self.recipe.encode()]
         strategy.captured = None
         return files
 
-    def _plain(self, state: Any) -> bytes:
+    def _plain(self, state: dict[str, Any]) -> bytes:
         """Return state as the content of a file.
 
         Raises:
-            UserError: it could not be read again; found out at the first checkpoint, not when one is needed.
+            UserError: it could not be read again; said at the first checkpoint, not when one is needed.
         """
-        file = io.BytesIO()
-        torch.save(state, file)
-        if self.saver.first:
-            try:
-                torch.load(io.BytesIO(file.getvalue()), weights_only=True)
-            except UnpicklingError as error:
-                raise UserError(f"{_culprit(state)}") from error
-        return file.getvalue()
+        if self.saver.first and (culprit := _unreadable(state)):
+            raise UserError(
+                f"no checkpoint can be read back with {culprit} in it; keep only numbers, strings, lists, dicts and "
+                "tensors in `state_dict`, `on_save_checkpoint` and `save_hyperparameters`"
+            )
+        return _serialised(state)
 
     def _facts(self, trainer: Trainer, epoch_ended: bool) -> dict[str, Any]:
         """Return the fields of the manifest."""
@@ -272,9 +272,33 @@ class Checkpointing(Checkpoint):
             "strategy": type(trainer.strategy).__name__,
             "metrics": self._metrics if self._validated_step == trainer.global_step else {},
             "aliases": {name: names[id(p)] for name, p in tied if names[id(p)] != name},
+            "buffers": [name for name, _ in persistent_buffers(trainer.lightning_module)],
         }
 
 
 def _pieces_of_callbacks(trainer: Trainer) -> Iterator[Piece]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         yield from getattr(callback, "pieces", list)()
+
+
+def _serialised(state: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+def _unreadable(state: Any) -> str:
+    """Return where state holds what is not plain data, as ``key.key (type)``; empty if it does not."""
+    try:
+        torch.load(io.BytesIO(_serialised(state)), weights_only=True)
+        return ""
+    except Exception:  # whatever its classes do when they are pickled
+        inner = state.items() if isinstance(state, dict) else ()
+        found = ((key, _unreadable(value)) for key, value in inner)
+        return next((f"{key}.{what}" if what[0] != "(" else f"{key} {what}" for key, what in found if what), "") or (
+            f"({type(state).__name__})"
+        )
+
+
+def _is_full(outcome: str) -> bool:
+    return os.strerror(errno.ENOSPC) in outcome or os.strerror(errno.EDQUOT) in outcome

@@ -180,7 +180,8 @@ def _first_batch(datamodule: ShardStream, world_size: int, micro_batch: int | No
         stream.global_batch_size, stream.micro_batch_size = micro_batch * world_size, micro_batch
     source = stream.source("train")
     order, batches = stream.batches(source, stream._base_order(source))
-    piece = next(iter(BatchPlan(batches, world_size, stream.accumulate(world_size)).pieces(0, 0)))
+    largest = sum(samples for _, samples in stream.batch_ramp)  # where batches have grown to their size
+    piece = next(iter(BatchPlan(batches, world_size, stream.accumulate(world_size)).pieces(0, largest)))
     places = Places(source, *order.take(piece.epoch, piece.start, max(piece.stop, piece.start + 1)))
     cursor = Cursor(piece.consumed, piece.weight, piece.last)
     batch = stream.allocate_for(source, places, True)

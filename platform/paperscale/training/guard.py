@@ -43,7 +43,8 @@ class GuardOptions:
             optimizer as they are; ``rollback`` goes back to the last checkpoint and passes over the samples since.
         max_skips: steps among the last 1,000 that may be skipped before the run ends.
         spike: a loss of the global batch that is more than this many robust standard deviations (by the median
-            absolute deviation) above the median of the recent losses is a spike; ``None`` does not look.
+            absolute deviation) above the median of the recent losses is a spike; ``None`` does not look. The short
+            batch at an epoch's end is not judged.
         spike_action: what a spike does: ``warn``, ``skip`` or ``rollback``.
         window: steps that are recent; also the most that a rollback passes over.
         max_rollbacks: times that a run may go back.
@@ -229,7 +230,7 @@ class Guard(Callback):
             loss = float(step.loss)
             spike = self._spike(loss)
             self._losses.append(loss)
-            if spike:
+            if spike and not _is_short(datamodule(trainer), step.start):
                 self._act(trainer, step, self.options.spike_action, spike)
 
     def _not_finite(self, trainer: Trainer) -> str:
@@ -323,6 +324,12 @@ class Guard(Callback):
         return (
             f"{what}; nothing after {self._checkpoint} was kept: lower the learning rate, or {change}, in {self.recipe}"
         )
+
+
+def _is_short(stream: ShardStream, start: int) -> bool:
+    """Return whether a batch is what an epoch has left over: the loss of a few samples jumps without cause."""
+    _, last = stream.epoch_around(start)
+    return last - start < stream.global_batch_size // 2
 
 
 def _is_finite(gradient: Tensor | None) -> bool:

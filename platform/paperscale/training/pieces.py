@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
@@ -90,3 +90,11 @@ def to_write(pieces: Iterable[Piece], rank: int, world_size: int) -> Iterator[Pi
 def is_elementwise(value: Any, parameter: Tensor) -> bool:
     """Return whether an optimizer's state has an element for each of the parameter's."""
     return isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape == parameter.shape
+
+
+def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the buffers that belong into a checkpoint, by name."""
+    for prefix, part in module.named_modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None and name not in part._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer

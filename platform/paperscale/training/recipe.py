@@ -21,8 +21,8 @@ from paperscale.training.deferred import Initialisation, construct
 from paperscale.training.ema import EMAOptions
 from paperscale.training.guard import GuardOptions
 from paperscale.training.quiet import quiet_libraries
-from paperscale.training.speed import SpeedOptions
 from paperscale.training.sharding import sharding
+from paperscale.training.speed import SpeedOptions
 from paperscale.training.trainer import StreamTrainer
 
 
@@ -76,6 +76,10 @@ class RecipeCLI(LightningCLI):
         parser.add_class_arguments(GuardOptions, "guard")
         parser.add_class_arguments(SpeedOptions, "speed")
         parser.add_class_arguments(TrackingOptions, "tracking")
+        weights = "weights to begin with: a run or checkpoint (also @best, @STEP), or a .safetensors file"
+        parser.add_argument("--init_from", type=str | None, default=None, help=weights)
+        prefix = "OLD=NEW: how their names begin, and the model's"
+        parser.add_argument("--init_prefix", type=str | None, default=None, help=prefix)
         parser.add_argument("--test_after_fit", type=bool, default=True, help="score the test split at the end")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

@@ -13,7 +13,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -86,6 +86,11 @@ class Saver:
         self._started += 1
         self._thread = threading.Thread(target=self._save, args=(job,), name="checkpoint", daemon=True)
         self._thread.start()
+
+    @property
+    def first(self) -> bool:
+        """Return whether none has been begun yet."""
+        return self._started == 0
 
     @property
     def written(self) -> bool:
@@ -181,7 +186,7 @@ def _what(error: Exception) -> str:
     return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
 
 
-def write_durably(path: Path, parts: list[memoryview | bytes]) -> dict[str, Any]:
+def write_durably(path: Path, parts: Iterable[memoryview | bytes]) -> dict[str, Any]:
     """Write a file, wait until it is on the disk, and return its size and SHA-256.
 
     Raises:

@@ -57,9 +57,9 @@ class SpeedOptions:
 def apply(options: SpeedOptions, model: LightningModule) -> None:
     """Switch on what the recipe asks for, before a Trainer sets the model up.
 
-    Blocks are compiled, then checkpointed around the graph: torch's compiler breaks off at a checkpoint in which buffers
-    change, and would count each batch twice in batch normalisation. A strategy divides them afterwards. A deep copy of
-    the model has the same switches on.
+    Blocks are compiled, then checkpointed around the graph: torch's compiler gives up on a checkpoint in which buffers
+    change, and batch normalisation would then count each batch twice. A strategy divides the blocks afterwards. A deep
+    copy of the model has the same switches on.
 
     Args:
         options: of the recipe.

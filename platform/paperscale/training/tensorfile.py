@@ -9,10 +9,12 @@ and does not map the file: what was read is not held.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from io import FileIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +37,9 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 """Types of elements, as safetensors names them."""
-_KEY = "paperscale"
+METADATA_KEY = "paperscale"
+"""Of a file's metadata: which elements its pieces are."""
+_MOST_OPEN = 64  # files: a thousand ranks write a thousand, and a process may have no more open
 
 
 def tensor_file(rank: int) -> str:
@@ -59,6 +63,7 @@ class Buffer:
         size = sum(piece.tensor.numel() * piece.tensor.element_size() for piece in ordered)
         on_gpu = any(piece.tensor.is_cuda for piece in ordered)
         if len(self._bytes) < size:
+            self._bytes = torch.empty(0, dtype=torch.uint8)  # first given back: never two of them
             self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
         at = 0
         table: dict[str, Any] = {}
@@ -74,7 +79,7 @@ class Buffer:
             at = end
         if on_gpu:
             torch.cuda.synchronize()
-        table["__metadata__"] = {"format": "pt", _KEY: json.dumps(places)}
+        table["__metadata__"] = {"format": "pt", METADATA_KEY: json.dumps(places)}
         return [header(table), self._bytes[:size].numpy().data]
 
 
@@ -118,7 +123,7 @@ class Stored:
     @property
     def numel(self) -> int:
         """Return the number of elements."""
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
 
 class TensorReader:
@@ -138,8 +143,10 @@ class TensorReader:
         self._by_prefix: dict[str, list[str]] | None = None
         for path in self._files():
             self._index(path)
-        for stored in self.tensors.values():
+        for name, stored in self.tensors.items():
             stored.extents.sort()
+            if any(one.stop > other.start for one, other in pairwise(stored.extents)):
+                raise UserError(f"{checkpoint}: two files hold the same elements of {name}; restore it from a copy")
 
     def _files(self) -> list[Path]:
         if self.checkpoint.is_file():
@@ -153,14 +160,19 @@ class TensorReader:
             with path.open("rb") as file:
                 size = int.from_bytes(file.read(8), "little")
                 table = json.loads(file.read(size) if size < path.stat().st_size else b"")
+            room = path.stat().st_size - 8 - size
             facts = table.pop("__metadata__", {})
-            places = json.loads(facts[_KEY]) if _KEY in facts else {n: [e["shape"], 0] for n, e in table.items()}
+            plain = {name: [entry["shape"], 0] for name, entry in table.items()}
+            places = json.loads(facts[METADATA_KEY]) if METADATA_KEY in facts else plain
             for name, (shape, start) in places.items():
                 dtype, (first, last) = dtypes[table[name]["dtype"]], table[name]["data_offsets"]
                 stored = self.tensors.setdefault(name, Stored(tuple(shape), dtype))
                 stop = start + (last - first) // dtype.itemsize
+                same = (dtype, tuple(shape)) == (stored.dtype, stored.shape) and min(shape, default=0) >= 0
+                if not (same and 0 <= first <= last <= room and 0 <= start <= stop <= stored.numel):
+                    raise ValueError(f"its header says that {name} lies where it cannot")
                 stored.extents.append(Extent(start, stop, path, 8 + size + first))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path}: not a readable file of tensors ({error}); restore it from a copy") from error
 
     def __contains__(self, name: str) -> bool:
@@ -184,19 +196,19 @@ class TensorReader:
             raise UserError(f"{self.checkpoint} has no {name}; use the recipe that made it, or `fit --init-from`")
         stored = self.tensors[name]
         stop = stored.numel if stop is None else stop
-        out = torch.empty(stop - start, dtype=stored.dtype)
-        room, size, found = memoryview(out.view(torch.uint8).numpy()), stored.dtype.itemsize, 0
-        for extent in stored.extents:
-            low, high = max(extent.start, start), min(extent.stop, stop)
-            if low < high:
-                offset = extent.offset + (low - extent.start) * size
-                self._read_into(room[(low - start) * size : (high - start) * size], extent.path, offset)
-                found += high - low
+        parts = [e for e in stored.extents if max(e.start, start) < min(e.stop, stop)]
+        found = sum(min(part.stop, stop) - max(part.start, start) for part in parts)
         if found != stop - start:
             raise UserError(
                 f"{self.checkpoint}: {name} has {found:,} of the elements {start:,} to {stop:,}; a file is missing, "
                 "restore it from a copy"
             )
+        out = torch.empty(stop - start, dtype=stored.dtype)
+        room, size = out.view(torch.uint8).numpy().data, stored.dtype.itemsize
+        for part in parts:
+            low, high = max(part.start, start), min(part.stop, stop)
+            offset = part.offset + (low - part.start) * size
+            self._read_into(room[(low - start) * size : (high - start) * size], part.path, offset)
         return out
 
     def whole(self, name: str) -> Tensor:
@@ -220,6 +232,8 @@ class TensorReader:
     def _read_into(self, room: memoryview, path: Path, offset: int) -> None:
         """Fill a buffer with what lies in a file from ``offset`` on."""
         if path not in self._open:
+            if len(self._open) >= _MOST_OPEN:
+                self._open.pop(next(iter(self._open))).close()
             self._open[path] = FileIO(path)
         while room:
             if (count := os.preadv(self._open[path].fileno(), [room], offset)) == 0:

@@ -89,5 +89,5 @@ def make(strategy: Any, world_size: int, device: str = "cpu") -> PortableStrateg
         options: dict[str, Any] = dict(_OFFLOAD[strategy[len("deepspeed_zero") + 1 :]])
         if stage == 3 and options.get("offload_optimizer") == "cpu":
             options["offload_parameters"] = "cpu"
-        return ZeroStrategy(stage, **options)
+        return ZeroStrategy(stage, on_gpu=device == "cuda", **options)
     raise UserError(f"trainer.strategy={strategy}: there is no such strategy{nearest(strategy, NAMES)}")

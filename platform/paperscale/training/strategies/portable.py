@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from paperscale.errors import UserError
-from paperscale.training.pieces import Piece, piece_of
+from paperscale.training.checkpoint import read_state
+from paperscale.training.pieces import Piece, persistent_buffers, piece_of
 from paperscale.training.tensorfile import TensorReader
 
 STATE = "state.pt"
@@ -67,7 +68,7 @@ class PortableStrategy(Strategy):
             UserError: the checkpoint is not of this model or optimizer.
         """
         path = Path(checkpoint_path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_state(path)
         reader = TensorReader(path.parent)
         self.restore_weights(reader)
         if self.optimizers:
@@ -204,14 +205,6 @@ class PortableStrategy(Strategy):
                     if found:
                         state[number] = found
             optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the buffers that belong into a checkpoint, by name."""
-    for prefix, part in module.named_modules():
-        for name, buffer in part._buffers.items():
-            if buffer is not None and name not in part._non_persistent_buffers_set:
-                yield f"{prefix}.{name}" if prefix else name, buffer
 
 
 def is_piece(value: Any) -> bool:

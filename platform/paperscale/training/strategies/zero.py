@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.utils import swap_tensors
 
 from paperscale.training.operators import prepare
 from paperscale.training.pieces import Piece, piece_of
@@ -55,6 +56,7 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         nvme_path: folder of a local disk for ``nvme``.
         bucket_mb: MiB of gradients that are reduced, and of weights that are gathered, at once.
         overlap: reduce gradients while the backward pass goes on.
+        on_gpu: whether the job computes on GPUs; by default where there are any.
     """
 
     def __init__(
@@ -65,8 +67,9 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         nvme_path: str = "/local_nvme",
         bucket_mb: int = 200,
         overlap: bool = True,
+        on_gpu: bool | None = None,
     ):
-        prepare(["async_io"] if "nvme" in (offload_optimizer, offload_parameters) else [], torch.cuda.is_available())
+        prepare(on_gpu=torch.cuda.is_available() if on_gpu is None else on_gpu)
         super().__init__(
             stage=stage,
             offload_optimizer=offload_optimizer is not None,
@@ -81,13 +84,16 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         )
         assert isinstance(self.config, dict)  # noqa: S101  made by Lightning from these
         self.config["zero_force_ds_cpu_optimizer"] = False  # torch's own fused optimizers are as fast on CPUs
-        self.stage = stage
+        self.stage, self.on_nvme = stage, "nvme" in (offload_optimizer, offload_parameters)
         self._dropping = False
+        self._configured: Any = None
 
     # -- DeepSpeed on CPUs: what Lightning admits on CUDA alone ------------------------------------------------
 
     def setup_environment(self) -> None:
         """Join the other processes."""
+        if self.on_nvme:
+            prepare(["async_io"], self.root_device.type == "cuda")
         super(DeepSpeedStrategy, self).setup_environment()
 
     def setup_distributed(self) -> None:
@@ -108,6 +114,8 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         """Divide the model; see to what DeepSpeed does not."""
         assert self.lightning_module is not None  # noqa: S101
         if self.initial is not None:
+            if trainer.state.fn == TrainerFn.FITTING:  # now, while parameters have their shapes: groups go by them
+                self._configured = super()._init_optimizers()
             self._materialise(self.lightning_module)
         if trainer.state.fn != TrainerFn.FITTING:
             self.optimizers = []  # of the training before, which an evaluation does not set up again
@@ -115,25 +123,28 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         self.initial = None
         if self.optimizers:
             self._share_norms()
+            if self.zero.cpu_offload if self.stage < 3 else self.zero.offload_optimizer:
+                _fuse(self.zero.optimizer)
             self.zero.step = self._step(self.zero.step)
+
+    def _init_optimizers(self) -> Any:
+        configured, self._configured = self._configured, None
+        return configured or super()._init_optimizers()
 
     def _materialise(self, module: LightningModule) -> None:
         """Give weights their values, one module at a time, and divide them at once."""
         import deepspeed
 
         assert self.initial is not None  # noqa: S101  who builds on the meta device knows the values
-        made: dict[int, nn.Parameter] = {}
         self._init_config_if_needed()
         for part in module.modules():
-            for name, parameter in part._parameters.items():
-                if parameter is not None:
-                    if id(parameter) not in made:
-                        made[id(parameter)] = nn.Parameter(self.initial(parameter), parameter.requires_grad)
-                    part._parameters[name] = made[id(parameter)]
+            for parameter in part.parameters(recurse=False):
+                if parameter.is_meta:  # the optimizer holds this very object
+                    swap_tensors(parameter, nn.Parameter(self.initial(parameter), parameter.requires_grad))
             for name, buffer in part._buffers.items():
                 if buffer is not None:
                     part._buffers[name] = self.initial(buffer)
-            if self.stage == 3 and not list(part.children()):
+            if not list(part.children()):
                 deepspeed.zero.Init(module=part, config_dict_or_path=self.config, remote_device=self.remote_device)
 
     def _share_norms(self) -> None:
@@ -341,6 +352,13 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
             for key, value in base.state[fragment.flat].items():
                 if is_piece(value):
                     reader.fill(fragment.piece(f"optimizer0/{fragment.name}/{key}", value))
+
+
+def _fuse(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer on the CPU use its fused kernel, where torch has one: a tenth of the time."""
+    if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)):
+        for group in optimizer.param_groups:
+            group.update(fused=True, foreach=False)
 
 
 def _as_kept_by(optimizer: Any, numbers: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,96 @@
+"""Weights under the names of other libraries, where a paper's module has them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+
+from paperscale.atomic import write_atomically
+from paperscale.errors import UserError, nearest
+from paperscale.jobs import snapshot
+from paperscale.jobs.run import Run
+from paperscale.training.checkpoint import RECIPE, fsync_folder
+from paperscale.training.consolidate import write_file
+from paperscale.training.recipe import RecipeCLI
+from paperscale.training.weights import Weights
+
+_OF_HUGGINGFACE = "model.safetensors", "config.json"
+
+
+def export_as(
+    format: str, checkpoint: Path, weights: Weights, out: Path, dtype: torch.dtype | None, facts: Mapping[str, str]
+) -> tuple[Weights, dict[str, Any]]:
+    """Write weights for another library.
+
+    The module says how with ``export_names(format)``, from its own names to the other's; what it leaves out is not
+    written. For ``huggingface`` it gives the content of ``config.json`` with ``export_config(format)`` too.
+
+    Args:
+        format: ``torchvision`` or ``huggingface``.
+        checkpoint: whose recipe makes the module.
+        weights: of the checkpoint.
+        out: the file; of ``huggingface`` the folder.
+        dtype: of the parameters, see :func:`write_file`.
+        facts: metadata of the file.
+
+    Returns:
+        The weights under the other names, and what :func:`write_file` does.
+
+    Raises:
+        UserError: the module has no such names, or names what the checkpoint has not.
+    """
+    module = _module(checkpoint)
+    foreign = _renamed(weights, _asked(module, "export_names", format), type(module).__name__)
+    if format != "huggingface":
+        return foreign, write_file(foreign, out, dtype, facts)
+    config = _asked(module, "export_config", format)
+    partial = out.with_name(f".{out.name}.partial")
+    partial.mkdir()
+    try:
+        written = write_file(foreign, partial / _OF_HUGGINGFACE[0], dtype, facts)
+        write_atomically(partial / _OF_HUGGINGFACE[1], (json.dumps(config, indent=2) + "\n").encode())
+        partial.rename(out)
+        fsync_folder(out.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return foreign, written
+
+
+def _module(checkpoint: Path) -> LightningModule:
+    """Make the checkpoint's module, without its weights where that can be."""
+    run = Run(checkpoint.parent.parent)
+    if (run.path / "run.json").exists():
+        snapshot.use(run.path / "code", Path(run.info.workdir))
+    recipe = [f"--config={checkpoint / RECIPE}"]
+    try:
+        with torch.device("meta"):
+            return RecipeCLI(recipe).model
+    except Exception:  # a constructor that computes; if it is the recipe that is wrong, the second try says so
+        return RecipeCLI(recipe).model
+
+
+def _asked(module: LightningModule, method: str, format: str) -> dict[str, Any]:
+    function = getattr(module, method, None)
+    if function is None or not (found := function(format)):
+        raise UserError(
+            f"{type(module).__name__} has no names of {format}: its {method} gives none; leave --format out for a "
+            "safetensors file with the model's own names"
+        )
+    return found
+
+
+def _renamed(weights: Weights, names: Mapping[str, str], module: str) -> Weights:
+    tensors = {}
+    for name, other in names.items():
+        if (weight := weights.named(name)) is None:
+            hint = nearest(name, weights.tensors) or "; name what its state_dict has"
+            raise UserError(f"{module}.export_names: the checkpoint has no '{name}'{hint}")
+        tensors[other] = weight
+    return replace(weights, tensors=tensors, aliases={})

@@ -1,0 +1,196 @@
+"""Fine-tuning: a run that begins with the weights of another, or of a file, under any strategy."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from paperscale.errors import UserError
+from paperscale.training.weights import Weight, Weights, open_weights, state_of
+
+_SHOWN = 10  # names of a kind
+_TRIED = 5  # changes of names that are looked at closely
+
+
+@dataclass(frozen=True)
+class Match:
+    """How given weights fit a model.
+
+    Attributes:
+        origin: of the weights.
+        found: the model's names to the weights.
+        missing: names of the model that the weights have not; they begin as the recipe draws them.
+        unexpected: names of the weights that the model has not.
+        other_shape: names whose shapes differ, with both; they begin as the recipe draws them.
+    """
+
+    origin: str
+    found: dict[str, Weight]
+    missing: list[str]
+    unexpected: list[str]
+    other_shape: list[str]
+
+    @property
+    def is_whole(self) -> bool:
+        """Return whether everything fits."""
+        return not (self.missing or self.unexpected or self.other_shape)
+
+    def __str__(self) -> str:
+        kinds = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": self.other_shape}
+        rest = "".join(f", {len(names)} {kind}" for kind, names in kinds.items() if names)
+        return f"{len(self.found)} tensors from {self.origin}{rest}"
+
+    def lines(self) -> Iterator[str]:
+        """Yield the report, in which long lists are cut short."""
+        yield f"begins with {self}"
+        for what, names in (
+            ("missing, drawn as the recipe says", self.missing),
+            ("unexpected, left out", self.unexpected),
+            ("of another shape, drawn as the recipe says", self.other_shape),
+        ):
+            yield from (f"  {what}: {name}" for name in names[:_SHOWN])
+            if len(names) > _SHOWN:
+                yield f"  {what}: and {len(names) - _SHOWN} more"
+
+
+def match(model: nn.Module, weights: Weights) -> Match:
+    """Compare a model with weights, by names and shapes; nothing is read.
+
+    Args:
+        model: whole, divided, or on the meta device.
+        weights: what it is to begin with.
+
+    Raises:
+        UserError: nothing fits; names the change of names with which the most would.
+    """
+    shapes = {name: _shape(tensor) for name, tensor in state_of(model)}
+    others = _other_names(model)
+    found: dict[str, Weight] = {}
+    missing, other_shape = [], []
+    for name, shape in shapes.items():
+        weight = next(filter(None, map(weights.named, (name, *others.get(name, ())))), None)
+        if weight is None:
+            missing.append(name)
+        elif weight.shape != shape:
+            other_shape.append(f"{name}: {list(weight.shape)}, the model has {list(shape)}")
+        else:
+            found[name] = weight
+    known = {*shapes, *(other for names in others.values() for other in names)}
+    aliased = {kept for alias, kept in weights.aliases.items() if alias in known}
+    unexpected = [name for name in weights.tensors if name not in known and name not in aliased]
+    if not found:
+        raise UserError(_nothing_fits(weights, shapes))
+    return Match(weights.origin, found, missing, unexpected, other_shape)
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return () if is_lazy(tensor) else tuple(getattr(tensor, "ds_shape", tensor.shape))  # ZeRO stage 3 keeps it there
+
+
+def _other_names(model: nn.Module) -> dict[str, list[str]]:
+    """Return the further names of tied weights."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    others: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if (kept := first[id(parameter)]) != name:
+            others.setdefault(kept, []).append(name)
+    return others
+
+
+def _nothing_fits(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Return what to do where no name and shape is the model's."""
+    what = f"{weights.origin}: none of its {len(weights.tensors)} tensors has a name and shape of the model's"
+    counts = Counter(dict.fromkeys(_changes(weights, shapes), 0))
+    for change in counts:
+        changed = renamed(weights, change).tensors
+        counts[change] = sum(name in changed and changed[name].shape == shape for name, shape in shapes.items())
+    if not counts:
+        return (
+            f"{what} (it has {next(iter(weights.tensors))}, the model {next(iter(shapes))}); use weights of this model"
+        )
+    (change, count), *_ = counts.most_common(1)
+    old, new = change.split("=")
+    how = f"'{old}' replaced by '{new}'" if old and new else f"'{old}' taken off" if old else f"'{new}' put before"
+    return f"{what}; with {how} {count} of its {len(shapes)} are there: add init_prefix={change}"
+
+
+def _changes(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Return the changes of a prefix that let names fit, the most frequent first."""
+    by_ending: dict[tuple[str, tuple[int, ...]], list[list[str]]] = {}
+    for name, weight in weights.tensors.items():
+        parts = name.split(".")
+        by_ending.setdefault((".".join(parts[-2:]), weight.shape), []).append(parts)
+    counts: Counter[str] = Counter()
+    for name, shape in shapes.items():
+        mine = name.split(".")
+        for theirs in by_ending.get((".".join(mine[-2:]), shape), []):
+            same = 0
+            while same < min(len(mine), len(theirs)) and mine[-1 - same] == theirs[-1 - same]:
+                same += 1
+            old, new = ("".join(f"{part}." for part in parts[: len(parts) - same]) for parts in (theirs, mine))
+            counts[f"{old}={new}"] += 1
+    return [change for change, _ in counts.most_common(_TRIED)]
+
+
+def renamed(weights: Weights, change: str | None) -> Weights:
+    """Return weights with another beginning of their names.
+
+    Args:
+        weights: the weights.
+        change: ``OLD=NEW``; names that begin with OLD begin with NEW instead. Either may be empty.
+
+    Raises:
+        UserError: it is not of that form.
+    """
+    if not change:
+        return weights
+    old, equals, new = change.partition("=")
+    if not equals or "=" in new:
+        raise UserError(
+            f"init_prefix={change}: write OLD=NEW, such as 'model.=network.', 'model.=' to take a prefix off, or "
+            "'=network.' to put one before"
+        )
+
+    def name_of(name: str) -> str:
+        return new + name.removeprefix(old) if name.startswith(old) else name
+
+    tensors = {name_of(name): weight for name, weight in weights.tensors.items()}
+    return replace(weights, tensors=tensors, aliases={name_of(a): name_of(b) for a, b in weights.aliases.items()})
+
+
+class InitialWeights(Callback):
+    """Gives the model weights before the first step; each rank reads the elements that it holds.
+
+    Args:
+        source: folder of a checkpoint, or a file.
+        prefix: change of names, see :func:`renamed`.
+        say: prints a line of the report (rank 0).
+    """
+
+    def __init__(self, source: Path, prefix: str | None, say: Callable[[str], None] = print):
+        self.source, self.prefix, self.say = source, prefix, say
+
+    @torch.no_grad()
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read what fits: the strategy has divided the model.
+
+        Raises:
+            UserError: nothing fits, or the weights cannot be read.
+        """
+        strategy: Any = trainer.strategy
+        fits = match(pl_module, renamed(open_weights(self.source), self.prefix))
+        for piece in (*strategy.parameter_pieces(), *strategy.buffer_pieces()):
+            weight = fits.found.get(piece.name.removeprefix("model/"))
+            if weight is not None and piece.tensor.numel():
+                piece.fill(weight.read(piece.start, piece.stop))
+        strategy.weights_changed()
+        for line in fits.lines():
+            self.say(line)
