@@ -25,6 +25,7 @@ from paperscale.training.callbacks import StreamPosition
 from paperscale.training.checkpoint import CheckpointOptions
 from paperscale.training.checkpointing import Checkpointing
 from paperscale.training.deferred import construct
+from paperscale.training.initial import InitialWeights
 from paperscale.training.interruption import take_over_signals
 from paperscale.training.quiet import quiet_libraries
 from paperscale.training.sharding import sharding
@@ -43,6 +44,9 @@ class Training:
         precision: of the Trainer.
         micro_batch_size: samples of a forward pass.
         clip: of the gradients' norm.
+        drop: the optimizer step that is dropped.
+        options: of the checkpoints.
+        initial: checkpoint to begin with the weights of.
     """
 
     strategy: Any
@@ -53,15 +57,24 @@ class Training:
     precision: str = "32-true"
     micro_batch_size: int | None = None
     clip: float | None = 1.0
+    drop: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    initial: str | None = None
 
 
 class Losses(Callback):
-    """Keeps the mean loss of each global batch."""
+    """Keeps the mean loss of each global batch and the norm of its gradient; drops one step."""
 
-    def __init__(self) -> None:
+    def __init__(self, drop: int | None) -> None:
+        self.drop = drop
         self.values: list[float] = []
+        self.norms: list[float] = []
         self._sum = torch.zeros(2, dtype=torch.float64)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        self.norms.append(float(trainer.strategy.gradient_norm()))
+        if len(self.norms) == self.drop:
+            trainer.strategy.drop_gradients()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         count = len(batch["label"]) * bool(batch["cursor"].weight)
@@ -76,8 +89,8 @@ class Losses(Callback):
             self._sum.zero_()
 
 
-def train(job: Training, store: Any, world_size: int) -> list[float]:
-    """Train; return the losses."""
+def train(job: Training, store: Any, world_size: int) -> dict[str, list[float]]:
+    """Train; return losses and norms."""
     torch.manual_seed(1)
     made: Any = job.strategy
     if not isinstance(made, str):
@@ -85,9 +98,10 @@ def train(job: Training, store: Any, world_size: int) -> list[float]:
     data = ImageShards(job.data, global_batch_size=32, micro_batch_size=job.micro_batch_size)
     folder = Path(job.save)
     folder.mkdir(parents=True, exist_ok=True)
-    losses = Losses()
+    losses = Losses(job.drop)
     resume = Path(job.resume) if job.resume else None
     saving = Checkpointing(folder, CheckpointOptions(every_n_steps=5, **job.options), resume, store=store)
+    initial = [InitialWeights(Path(job.initial), None)] if job.initial else []
     trainer = Trainer(
         accelerator="cpu",
         devices=world_size,
@@ -97,7 +111,7 @@ def train(job: Training, store: Any, world_size: int) -> list[float]:
         max_steps=job.steps,
         max_epochs=-1,
         plugins=[JobEnvironment()],
-        callbacks=[losses, StreamPosition(), saving],
+        callbacks=[*initial, losses, StreamPosition(), saving],
         accumulate_grad_batches=data.accumulate(world_size),
         logger=False,
         enable_progress_bar=False,
@@ -107,13 +121,13 @@ def train(job: Training, store: Any, world_size: int) -> list[float]:
     )
     take_over_signals(trainer)
     model, initialisation = construct(Small)
-    if "parameters" in sharding(job.strategy).divided:
+    if isinstance(job.strategy, str) and "parameters" in sharding(job.strategy).divided:
         trainer.strategy.initial = initialisation.value
     else:
         torch.manual_seed(1)
         model = Small()
     trainer.fit(model, datamodule=data, ckpt_path=resume and resume / "state.pt", weights_only=True)
-    return losses.values
+    return {"losses": losses.values, "norms": losses.norms}
 
 
 def main(rank: int, world_size: int, port: int, folder: Path, jobs: list[Training]) -> None:
@@ -124,10 +138,10 @@ def main(rank: int, world_size: int, port: int, folder: Path, jobs: list[Trainin
     torch.set_num_threads(1)
     store = rendezvous.join(rank, world_size, on_gpu=False)  # one process makes a group as well: ZeRO needs one
     for job in jobs:
-        losses = train(job, store if world_size > 1 else None, world_size)
+        found = train(job, store if world_size > 1 else None, world_size)
         if rank == 0:
             with (folder / "out.jsonl").open("a") as file:
-                file.write(json.dumps(losses) + "\n")
+                file.write(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def test_lightning_is_asked_once_an_epoch_for_each_name():
             Counted.calls += 1
             super().log(name, value, *arguments, **options)
 
-    names = 17  # of a step, with the callback's
+    names = 18  # of a step, with the callback's
     trained(Logbook(), module=Counted(), limit_val_batches=0, max_epochs=1)
     assert Counted.calls == names
     trained(Logbook(), module=Counted(), limit_val_batches=0, max_epochs=3)

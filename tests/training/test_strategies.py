@@ -22,6 +22,10 @@ CLOSE = {"rtol": 0.0, "atol": 2e-5}
 
 def train(folder: Path, world_size: int, jobs: list[dict[str, Any]]) -> list[list[float]]:
     """Train one job after another in one group of processes; return each one's losses."""
+    return [found["losses"] for found in losses_and_norms(folder, world_size, jobs)]
+
+
+def losses_and_norms(folder: Path, world_size: int, jobs: list[dict[str, Any]]) -> list[dict[str, list[float]]]:
     (out := folder / "out.jsonl").unlink(missing_ok=True)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -112,3 +116,44 @@ def test_every_strategy_continues_every_other_at_any_world_size(tmp_path, job, w
         assert_close(losses, whole[5:], (first, second))
         if first == second == "ddp" and world_size == 2:
             assert losses == whole[5:], "the same strategy and world size: to the bit"
+
+
+@pytest.mark.slow
+def test_norms_and_dropped_steps_are_the_same_under_every_strategy(tmp_path, job):
+    strategies = (*ALL, "deepspeed_zero2_offload", "deepspeed_zero3_offload")
+    found = losses_and_norms(tmp_path, 2, [job(strategy, 10, clip=0.5, drop=4) for strategy in strategies])
+    plain = losses_and_norms(tmp_path, 2, [job("ddp", 10, "plain", clip=None)])[0]
+    assert max(found[0]["norms"]) > 0.5, "it is clipped"
+    assert found[0]["losses"] != plain["losses"]
+    for strategy, one in zip(strategies, found, strict=True):
+        assert_close(one["losses"], found[0]["losses"], strategy)
+        assert_close(one["norms"], found[0]["norms"], strategy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_16_bit_precision_trains_and_is_continued(tmp_path, job, precision):
+    jobs = [job(s, 5, f"{s}-{precision}", precision=precision) for s in ALL]
+    jobs += [job(s, 10, f"more-{s}", precision=precision, resume=at(tmp_path / f"{s}-{precision}", 5)) for s in ALL]
+    jobs += [job(s, 10, f"whole-{s}", precision=precision) for s in ALL]
+    exact = train(tmp_path, 2, [job("ddp", 10, "exact")])[0]
+    found = train(tmp_path, 2, jobs)
+    for number, strategy in enumerate(ALL):
+        first, more, whole = (found[number + len(ALL) * part] for part in range(3))
+        assert first + more == whole, f"{strategy}: to the bit"
+        torch.testing.assert_close(torch.tensor(whole), torch.tensor(exact), rtol=0.0, atol=0.1)
+
+
+@pytest.mark.slow
+def test_state_on_the_cpu_is_continued_without(tmp_path, job):
+    offloading = ("deepspeed_zero2_offload", "deepspeed_zero3_offload")
+    jobs = [job("ddp", 10, "whole")]
+    for number, strategy in enumerate(offloading):
+        jobs.append(job(strategy, 5, f"on-cpu-{number}"))
+        jobs.append(job("ddp", 10, f"off-{number}", resume=at(tmp_path / f"on-cpu-{number}", 5)))
+        jobs.append(job(strategy, 10, f"on-{number}", resume=at(tmp_path / f"on-cpu-{number}", 5)))
+    whole, *found = train(tmp_path, 2, jobs)
+    for number in range(len(offloading)):
+        first, off, on = found[3 * number : 3 * number + 3]
+        assert_close(first + off, whole, offloading[number])
+        assert_close(first + on, whole, offloading[number])

@@ -161,7 +161,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     from paperscale.jobs.checkpoints import find as find_checkpoint
     from paperscale.training.inspection import inspect
 
-    found = inspect(find_checkpoint(args.where, args.which), args.tensors)
+    found = inspect(find_checkpoint(args.where, args.which, hashes=False), args.tensors)
     if args.json:
         print_json(found)
         return FINISHED

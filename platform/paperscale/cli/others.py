@@ -71,6 +71,22 @@ def _add_bench(bench: Parser) -> None:
     step.add_argument("--json", action="store_true", help="print the results as JSON instead of tables")
     step.add_argument("--out", type=Path, metavar="DIR", help="write step.md and step.json there")
     step.set_defaults(run=run_bench_step)
+    help = "what writing a divided checkpoint's weights as one file takes"
+    consolidate = actions.add_parser("consolidate", help=help, allow_abbrev=False)
+    consolidate.add_argument(
+        "--parameters", type=positive, default=1_000_000_000, metavar="N", help="of the model (default 1,000,000,000)"
+    )
+    consolidate.add_argument("--shards", type=positive, default=4, metavar="N", help="files of it (default 4)")
+    consolidate.add_argument("--folder", type=Path, metavar="DIR", help="where there is room for 9 N bytes")
+    consolidate.add_argument("--json", action="store_true", help="print JSON")
+    consolidate.set_defaults(run=run_bench_consolidate)
+    help = "how long a training waits for a checkpoint"
+    checkpoint = actions.add_parser("checkpoint", help=help, allow_abbrev=False)
+    checkpoint.add_argument("--rounds", type=positive, default=5, help="rounds of every way (default 5)")
+    checkpoint.add_argument("--quick", action="store_true", help="one round of a small model: does it work?")
+    checkpoint.add_argument("--json", action="store_true", help="print the results as JSON instead of tables")
+    checkpoint.add_argument("--out", type=Path, metavar="DIR", help="write checkpoint.md and checkpoint.json there")
+    checkpoint.set_defaults(run=run_bench_checkpoint)
 
 
 def run_recipes(args: argparse.Namespace) -> int:
@@ -125,6 +141,20 @@ def run_bench_interruption(args: argparse.Namespace) -> int:
 def run_bench_step(args: argparse.Namespace) -> int:
     """Measure what is added to a step."""
     from paperscale.bench.step import run
+
+    return run(args)
+
+
+def run_bench_consolidate(args: argparse.Namespace) -> int:
+    """Measure the writing of one file."""
+    from paperscale.bench.consolidate import run
+
+    return run(args)
+
+
+def run_bench_checkpoint(args: argparse.Namespace) -> int:
+    """Measure what a training waits for a checkpoint."""
+    from paperscale.bench.checkpoint import run
 
     return run(args)
 

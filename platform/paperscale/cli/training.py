@@ -128,6 +128,11 @@ def run_lr_find(args: argparse.Namespace) -> int:
 
     recipe = RecipeArguments.parse(args.recipe)
     cli = RecipeCLI(recipe.to_cli())
+    if source := cli.config_init.init_from:
+        from paperscale.jobs.checkpoints import resolve_initial
+        from paperscale.training.initial import read_initial
+
+        print("\n".join(read_initial(cli.model, resolve_initial(source), cli.config_init.init_prefix).lines()))
     found = lr_finder.find_rate(cli, args.min_lr, args.max_lr, args.steps)
     print(lr_finder.as_text(found))
     if args.svg:

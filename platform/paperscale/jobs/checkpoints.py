@@ -51,12 +51,13 @@ def place(where: str) -> Path:
     return find_run(where).checkpoints
 
 
-def find(where: str, which: str | None = None) -> Path:
+def find(where: str, which: str | None = None, hashes: bool = True) -> Path:
     """Return one checkpoint that verifies.
 
     Args:
         where: as of :func:`place`.
         which: ``last`` (the default), ``best`` or a step.
+        hashes: read the files; without it only their sizes are looked at.
 
     Raises:
         UserError: there is none, or it does not verify.
@@ -65,16 +66,20 @@ def find(where: str, which: str | None = None) -> Path:
     if (folder / MANIFEST).exists():
         if which:
             raise UserError(f"{folder} is one checkpoint: leave '{which}' out, or name the run")
-        verify(folder)
+        verify(folder, hashes)
         return folder
-    return _of_step(folder, which) if which not in (None, "", "last", "best") else _by_name(folder, which or "last")
+    if which in (None, "", "last", "best"):
+        return _by_name(folder, which or "last", hashes)
+    checkpoint = _of_step(folder, str(which))
+    verify(checkpoint, hashes)
+    return checkpoint
 
 
-def _by_name(folder: Path, name: str) -> Path:
+def _by_name(folder: Path, name: str, hashes: bool) -> Path:
     """Return the best or the last that verifies; say which were passed over."""
     for checkpoint in best_first(folder) if name == "best" else all_checkpoints(folder):
         try:
-            verify(checkpoint)
+            verify(checkpoint, hashes)
         except UserError as error:
             print(f"WARNING passed over {checkpoint.name}: {error}", file=sys.stderr)
         else:
@@ -82,14 +87,13 @@ def _by_name(folder: Path, name: str) -> Path:
     raise UserError(f"no checkpoint in {folder} verifies; `paperscale checkpoint list` shows what there is")
 
 
-def _of_step(folder: Path, which: str | None) -> Path:
+def _of_step(folder: Path, which: str) -> Path:
     """Return the checkpoint of a step."""
-    digits = str(which).removeprefix("step-")
+    digits = which.removeprefix("step-")
     there = {step_of(checkpoint): checkpoint for checkpoint in all_checkpoints(folder)}
     if not digits.isdigit() or int(digits) not in there:
         steps = ", ".join(map(str, sorted(there)))
         raise UserError(f"{folder} has no checkpoint '{which}'; name best, last or a step: {steps or 'there is none'}")
-    verify(there[int(digits)])
     return there[int(digits)]
 
 

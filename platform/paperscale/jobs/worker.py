@@ -135,13 +135,13 @@ class Worker:
         resume = self.choose_checkpoint()
         cli = RecipeCLI([f"--config={self.run.recipe}"], defer=True)
         speed.apply(cli.config_init.speed, cli.model)
-        self.make_amends(cli)
         self.record(
             strategy=sharding(cli.config.trainer.strategy, self.world_size).name,
             nodes=self.info.nodes,
             procs_per_node=self.info.procs_per_node,
         )
         self.preflight(cli)
+        self.make_amends(cli)
         trainer = self.build_trainer(cli, resume)
         self.recover_tracking(resume)
         code, reason = FAILED, ""
@@ -168,7 +168,7 @@ class Worker:
         finally:
             self.record(ended=time.time(), outcome=code, reason=reason, samples_per_s=self.progress.samples_per_s)
             if self.wandb:
-                self.wandb.finish(code)
+                self.wandb.finish(REQUEUE if code in (ROLLBACK, OUT_OF_MEMORY) else code)
         if trainer.world_size > 1 and code != OUT_OF_MEMORY:
             trainer.strategy.barrier("attempt ends")  # all ranks leave together: srun ends the rest at the first exit
         return code
@@ -282,7 +282,7 @@ class Worker:
         from paperscale.training.heartbeat import Heartbeat
         from paperscale.training.interruption import take_over_signals
         from paperscale.training.lean import NoProfiler, make_lean
-        from paperscale.training.logbook import Logbook
+        from paperscale.training.logbook import Logbook, all_callbacks
 
         strategy = strategies.make(cli.config_init.trainer.strategy, self.world_size, cli.device)
         if cli.initialisation is not None:
@@ -307,7 +307,7 @@ class Worker:
             settings["reload_dataloaders_every_n_epochs"] = 1  # Lightning asks for their number with the loader
         trainer = cli.trainer_for([Heartbeat(self.pulse), Logbook()], **settings)
         take_over_signals(trainer)
-        make_lean(trainer.callbacks, cli.model)
+        make_lean(all_callbacks(trainer), cli.model)
         return trainer
 
     @property

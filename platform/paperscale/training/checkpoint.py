@@ -256,7 +256,7 @@ class Retention:
         old = [c for c in found if c not in kept and not (self.every_n_steps and step_of(c) % self.every_n_steps == 0)]
         old += [c for c in passed_over if found and c.exists() and step_of(c) < step_of(found[0])]
         problems = []
-        for doomed in (*folder.glob(".step-*.partial"), *old):
+        for doomed in (*folder.glob(".step-*.partial"), *sorted(old, key=step_of)):
             try:
                 (remove if doomed in old else shutil.rmtree)(doomed)
             except OSError as error:

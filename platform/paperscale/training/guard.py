@@ -184,6 +184,7 @@ class Guard(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure the gradient, after unscaling and before clipping."""
+        self._look(trainer)  # where a manual optimization has cleared its gradients without telling
         norm = trainer.strategy.gradient_norm()  # type: ignore[attr-defined]
         loss = None if self._loss is None else trainer.strategy.reduce(self._loss, reduce_op="mean")
         self._loss = None
@@ -229,7 +230,8 @@ class Guard(Callback):
         elif step.loss is not None:
             loss = float(step.loss)
             spike = self._spike(loss)
-            self._losses.append(loss)
+            if math.isfinite(loss):
+                self._losses.append(loss)
             if spike and not _is_short(datamodule(trainer), step.start):
                 self._act(trainer, step, self.options.spike_action, spike)
 

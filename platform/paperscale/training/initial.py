@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from paperscale.errors import UserError
+from paperscale.training.pieces import Piece, piece_of
 from paperscale.training.weights import Weight, Weights, open_weights, state_of
 
 _SHOWN = 10  # names of a kind
@@ -117,9 +118,9 @@ def _nothing_fits(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> st
             f"{what} (it has {next(iter(weights.tensors))}, the model {next(iter(shapes))}); use weights of this model"
         )
     (change, count), *_ = counts.most_common(1)
-    old, new = change.split("=")
+    old, new = change.split("/")
     how = f"'{old}' replaced by '{new}'" if old and new else f"'{old}' taken off" if old else f"'{new}' put before"
-    return f"{what}; with {how} {count} of its {len(shapes)} are there: add init_prefix={change}"
+    return f"{what}; with {how} they give {count} of the model's {len(shapes)}: add init_prefix={change}"
 
 
 def _changes(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -136,7 +137,7 @@ def _changes(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> list[st
             while same < min(len(mine), len(theirs)) and mine[-1 - same] == theirs[-1 - same]:
                 same += 1
             old, new = ("".join(f"{part}." for part in parts[: len(parts) - same]) for parts in (theirs, mine))
-            counts[f"{old}={new}"] += 1
+            counts[f"{old}/{new}"] += 1
     return [change for change, _ in counts.most_common(_TRIED)]
 
 
@@ -145,18 +146,18 @@ def renamed(weights: Weights, change: str | None) -> Weights:
 
     Args:
         weights: the weights.
-        change: ``OLD=NEW``; names that begin with OLD begin with NEW instead. Either may be empty.
+        change: ``OLD/NEW``; names that begin with OLD begin with NEW instead. Either may be empty.
 
     Raises:
         UserError: it is not of that form.
     """
     if not change:
         return weights
-    old, equals, new = change.partition("=")
-    if not equals or "=" in new:
+    old, slash, new = change.partition("/")
+    if not slash or "/" in new:
         raise UserError(
-            f"init_prefix={change}: write OLD=NEW, such as 'model.=network.', 'model.=' to take a prefix off, or "
-            "'=network.' to put one before"
+            f"init_prefix={change}: write OLD/NEW, such as 'model./network.', 'model./' to take a prefix off, or "
+            "'/network.' to put one before"
         )
 
     def name_of(name: str) -> str:
@@ -164,6 +165,25 @@ def renamed(weights: Weights, change: str | None) -> Weights:
 
     tensors = {name_of(name): weight for name, weight in weights.tensors.items()}
     return replace(weights, tensors=tensors, aliases={name_of(a): name_of(b) for a, b in weights.aliases.items()})
+
+
+def fill(pieces: Iterable[Piece], fits: Match) -> None:
+    """Read into pieces of a model what fits it."""
+    for piece in pieces:
+        weight = fits.found.get(piece.name.removeprefix("model/"))
+        if weight is not None and piece.tensor.numel():
+            piece.fill(weight.read(piece.start, piece.stop))
+
+
+def read_initial(model: nn.Module, source: Path, prefix: str | None) -> Match:
+    """Give weights to a model that one process holds wholly.
+
+    Raises:
+        UserError: nothing fits, or the weights cannot be read.
+    """
+    fits = match(model, renamed(open_weights(source), prefix))
+    fill([piece_of(f"model/{name}", tensor) for name, tensor in state_of(model)], fits)
+    return fits
 
 
 class InitialWeights(Callback):
@@ -187,10 +207,7 @@ class InitialWeights(Callback):
         """
         strategy: Any = trainer.strategy
         fits = match(pl_module, renamed(open_weights(self.source), self.prefix))
-        for piece in (*strategy.parameter_pieces(), *strategy.buffer_pieces()):
-            weight = fits.found.get(piece.name.removeprefix("model/"))
-            if weight is not None and piece.tensor.numel():
-                piece.fill(weight.read(piece.start, piece.stop))
+        fill([*strategy.parameter_pieces(), *strategy.buffer_pieces()], fits)
         strategy.weights_changed()
         for line in fits.lines():
             self.say(line)

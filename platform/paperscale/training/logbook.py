@@ -100,12 +100,12 @@ class Logbook(Callback):
         """Put this book's methods in the place of the module's."""
         self._trainer, self._module = trainer, pl_module
         self._entries.clear()
-        for owner in (pl_module, *callbacks(trainer)):  # Lightning has given the module's to the callbacks
+        for owner in (pl_module, *all_callbacks(trainer)):  # Lightning has given the module's to the callbacks
             vars(owner).update(log=self.record, log_dict=self.record_all)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the module its own back."""
-        for owner in (pl_module, *callbacks(trainer)):
+        for owner in (pl_module, *all_callbacks(trainer)):
             for name in ("log", "log_dict"):
                 vars(owner).pop(name, None)
 
@@ -184,12 +184,12 @@ def epoch_sums(trainer: Trainer) -> EpochSums:
 
 def continue_epoch(trainer: Trainer, earlier: Sequence[EpochSums]) -> None:
     """Let the epoch go on from what the given ranks had logged in it."""
-    for callback in callbacks(trainer):
+    for callback in all_callbacks(trainer):
         if isinstance(callback, Logbook):
             callback.earlier = [dict(sums) for sums in earlier]
 
 
-def callbacks(trainer: Trainer) -> list[Callback]:
+def all_callbacks(trainer: Trainer) -> list[Callback]:
     """Return the run's callbacks."""
     return trainer.callbacks  # type: ignore[attr-defined]
 

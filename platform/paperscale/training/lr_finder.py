@@ -2,9 +2,9 @@
 
 After Smith, "Cyclical Learning Rates for Training Neural Networks", 2017, section 3.3. https://arxiv.org/abs/1506.01186
 
-The loss is smoothed over the steps on both sides, and the slope is taken over the logarithm of the learning rate. (An
-average over past steps alone lags behind a rate that grows tenfold in a dozen steps; a slope over the rate itself is
-steepest at the smallest rates, whatever the loss does.)
+The slope at a step is fitted to the steps on both sides of it, over the logarithm of the learning rate. (An average
+over past steps alone lags behind a rate that grows tenfold in a dozen steps; a slope over the rate itself is steepest
+at the smallest rates, whatever the loss does.)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from paperscale.errors import UserError
 from paperscale.training.callbacks import StreamPosition
 from paperscale.training.recipe import RecipeCLI
 
-_SIDE = 5  # steps on either side that a smoothed loss is over
+_SIDE = 5  # steps on either side that a slope, or a smoothed loss, is over, at least
 _DIVERGED = 4.0  # times the least smoothed loss
 _LEAST_STEPS = 4 * _SIDE
 
@@ -61,7 +61,7 @@ class Sweep(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep the loss of the step, over all its forward passes."""
-        self._part += float(outputs["loss"]) * batch["cursor"].weight / trainer.accumulate_grad_batches
+        self._part += float(outputs["loss"]) * batch["cursor"].weight  # Lightning has divided it by the passes
         if not batch["cursor"].last:
             return
         self.rates.append(float(self.planned[len(self.losses)]))
@@ -137,28 +137,37 @@ def find_rate(cli: RecipeCLI, low: float = 1e-8, high: float = 1.0, steps: int =
 
 
 def steepest(rates: list[float], losses: list[float], steps: int) -> Found:
-    """Return where the smoothed loss falls fastest over the logarithm of the learning rate, before its minimum.
+    """Return where the loss falls fastest over the logarithm of the learning rate, before its smoothed minimum.
+
+    The rates are a geometric sequence: a slope over steps is one over the logarithm, by least squares.
 
     Raises:
         UserError: it falls nowhere.
     """
     finite = [loss for loss in losses if math.isfinite(loss)]
+    side = _side(len(finite))
+    offsets = np.arange(-side, side + 1)
+    slopes = np.correlate(finite, offsets / (offsets**2).sum(), "valid") if len(finite) > 2 * side else np.empty(0)
     smooth = smoothed(finite)
-    lowest = int(smooth.argmin()) if len(smooth) else 0
-    if lowest < 2:
+    slopes = slopes[: max(0, int(smooth.argmin()) - side + 1)]  # up to the minimum; the first is that of step `side`
+    if not len(slopes) or slopes.min() >= 0:
         raise UserError(
             f"the loss falls nowhere between {rates[0]:.3g} and {rates[-1]:.3g}; try a smaller --min-lr, a larger "
             "--max-lr or more --steps"
         )
-    slopes = np.gradient(smooth, np.log10(rates[: len(finite)]))
-    best = int(slopes[: lowest + 1].argmin())
+    best = int(slopes.argmin()) + side
     return Found(rates[: len(finite)], smooth.tolist(), best, diverged=len(losses) < steps)
+
+
+def _side(count: int) -> int:
+    """Return how many steps on either side a slope, or a smoothed loss, is over."""
+    return max(_SIDE, count // 12)
 
 
 def smoothed(losses: list[float]) -> np.ndarray:
     """Return the mean over the steps on both sides of each, as many on one as on the other."""
-    values = np.asarray(losses)
-    sides = [min(_SIDE, i, len(values) - 1 - i) for i in range(len(values))]
+    values, most = np.asarray(losses), _side(len(losses))
+    sides = [min(most, i, len(values) - 1 - i) for i in range(len(values))]
     return np.array([values[i - side : i + side + 1].mean() for i, side in enumerate(sides)])
 
 

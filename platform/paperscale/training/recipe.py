@@ -78,7 +78,7 @@ class RecipeCLI(LightningCLI):
         parser.add_class_arguments(TrackingOptions, "tracking")
         weights = "weights to begin with: a run or checkpoint (also @best, @STEP), or a .safetensors file"
         parser.add_argument("--init_from", type=str | None, default=None, help=weights)
-        prefix = "OLD=NEW: how their names begin, and the model's"
+        prefix = "OLD/NEW: how their names begin, and how the model's do"
         parser.add_argument("--init_prefix", type=str | None, default=None, help=prefix)
         parser.add_argument("--test_after_fit", type=bool, default=True, help="score the test split at the end")
 

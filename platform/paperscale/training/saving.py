@@ -93,6 +93,11 @@ class Saver:
         return self._started == 0
 
     @property
+    def writing(self) -> bool:
+        """Return whether the thread is at work."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
     def written(self) -> bool:
         """Return whether a checkpoint is done, well or badly, and nobody has waited for it yet."""
         return self._thread is not None and not self._thread.is_alive()

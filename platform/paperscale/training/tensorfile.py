@@ -11,13 +11,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from io import FileIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,6 +41,9 @@ DTYPES = {
 """Types of elements, as safetensors names them."""
 METADATA_KEY = "paperscale"
 """Of a file's metadata: which elements its pieces are."""
+_COPIERS = 8
+_A_THREAD_COPIES = 8 << 20  # bytes: below, it is not worth another thread
+_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # of the same size, that NumPy has
 _MOST_OPEN = 64  # files: a thousand ranks write a thousand, and a process may have no more open
 
 
@@ -66,6 +71,7 @@ class Buffer:
             self._bytes = torch.empty(0, dtype=torch.uint8)  # first given back: never two of them
             self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
         at = 0
+        copies: list[tuple[Tensor, Tensor]] = []
         table: dict[str, Any] = {}
         places: dict[str, list[Any]] = {}
         for piece in ordered:
@@ -73,14 +79,42 @@ class Buffer:
             end = at + tensor.numel() * tensor.element_size()
             if tensor.dtype not in DTYPES:
                 raise ValueError(f"{piece.name}: elements of type {tensor.dtype} cannot be kept in a checkpoint")
-            self._bytes[at:end].view(tensor.dtype).view(tensor.shape).copy_(tensor, non_blocking=on_gpu)
+            into = self._bytes[at:end].view(tensor.dtype).view(tensor.shape)
+            if tensor.is_cuda:
+                into.copy_(tensor, non_blocking=True)
+            else:
+                copies.append((into, tensor))
             table[piece.name] = {"dtype": DTYPES[tensor.dtype], "shape": [tensor.numel()], "data_offsets": [at, end]}
             places[piece.name] = [list(piece.shape), piece.start]
             at = end
+        _copy_in_threads(copies)
         if on_gpu:
             torch.cuda.synchronize()
         table["__metadata__"] = {"format": "pt", METADATA_KEY: json.dumps(places)}
         return [header(table), self._bytes[:size].numpy().data]
+
+
+def _copy_in_threads(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copy tensors of the CPU, given as target and source.
+
+    Each thread copies its share without a word to the others. Torch's own parallel copy lets its threads meet at the
+    end of each tensor: on cores that also read data, each meeting waits for a thread that does not run.
+    """
+    total = sum(source.nbytes for _, source in copies)
+    threads = min(torch.get_num_threads(), _COPIERS, 1 + total // _A_THREAD_COPIES)
+    shares: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(threads)]
+    at = 0
+    for target, source in copies:
+        shares[min(at * threads // max(total, 1), threads - 1)].append((target, source))
+        at += source.nbytes
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(_copy, shares))
+
+
+def _copy(copies: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for target, source in copies:
+        numbers = _NUMBERS[source.element_size()]
+        np.copyto(target.view(numbers).numpy(), source.view(numbers).numpy())
 
 
 def header(table: dict[str, Any]) -> bytes:

@@ -60,6 +60,10 @@ class FSDP2Strategy(PortableStrategy, ModelParallelStrategy):
             module.configure_model = functools.partial(self.divide, module)  # type: ignore[method-assign]
         super().setup_environment()
 
+    @property
+    def _offloads(self) -> bool:
+        return self.offload and self.root_device.type != "cpu"
+
     def divide(self, module: LightningModule) -> None:
         """Divide the module's blocks, then the rest of it; nothing where that is done."""
         if isinstance(module, FSDPModule):
@@ -74,7 +78,7 @@ class FSDP2Strategy(PortableStrategy, ModelParallelStrategy):
         settings: dict[str, Any] = {
             "mesh": self.device_mesh["data_parallel"],
             "mp_policy": policy,
-            "offload_policy": CPUOffloadPolicy() if self.offload else OffloadPolicy(),
+            "offload_policy": CPUOffloadPolicy() if self._offloads else OffloadPolicy(),
         }
         for _, block in blocks(module):
             fully_shard(block, reshard_after_forward=self.reshard_after_forward, **settings)
@@ -89,7 +93,7 @@ class FSDP2Strategy(PortableStrategy, ModelParallelStrategy):
         assert self.initial is not None  # noqa: S101  who builds on the meta device knows the values
         for part in reversed(list(module.modules())):  # a divided module after those whose weights it holds
             if not isinstance(part, Metric):  # it would empty what the metric counts with
-                part.to_empty(device="cpu" if self.offload else self.root_device, recurse=False)
+                part.to_empty(device="cpu" if self._offloads else self.root_device, recurse=False)
         with torch.no_grad():
             for name, tensor in (*module.named_parameters(), *module.named_buffers()):
                 piece = piece_of(name, tensor)

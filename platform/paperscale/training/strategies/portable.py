@@ -82,6 +82,15 @@ class PortableStrategy(Strategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """The optimizers are restored already."""
 
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """Move a batch, and let what a DataModule makes of it on the device have the model's type as well."""
+        batch = super().batch_to_device(batch, device, dataloader_idx)
+        plugin = self.precision_plugin
+        if "16" not in str(plugin.precision) or not isinstance(batch, dict):
+            return batch
+        floats = {key: value for key, value in batch.items() if isinstance(value, Tensor) and value.is_floating_point()}
+        return {**batch, **plugin.convert_input(floats)}
+
     # -- weights -----------------------------------------------------------------------------------------------
 
     def parameter_names(self) -> dict[int, str]:

@@ -29,6 +29,13 @@ from paperscale.training.tensorfile import TensorReader
 
 Place = Literal["cpu", "nvme"]
 _MB = 1 << 20
+_DTYPES = {
+    "bf16-mixed": torch.bfloat16,
+    "bf16-true": torch.bfloat16,
+    "16-mixed": torch.float16,
+    "16-true": torch.float16,
+}
+"""Types of the model's own weights; the optimizer works on 32-bit masters."""
 
 
 @dataclass(frozen=True)
@@ -137,10 +144,14 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
 
         assert self.initial is not None  # noqa: S101  who builds on the meta device knows the values
         self._init_config_if_needed()
+        dtype = _DTYPES.get(str(self.precision_plugin.precision), torch.float32)
         for part in module.modules():
             for parameter in part.parameters(recurse=False):
+                value = self.initial(parameter).to(dtype)
                 if parameter.is_meta:  # the optimizer holds this very object
-                    swap_tensors(parameter, nn.Parameter(self.initial(parameter), parameter.requires_grad))
+                    swap_tensors(parameter, nn.Parameter(value, parameter.requires_grad))
+                else:
+                    parameter.data = value
             for name, buffer in part._buffers.items():
                 if buffer is not None:
                     part._buffers[name] = self.initial(buffer)
