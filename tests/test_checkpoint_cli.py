@@ -73,7 +73,7 @@ model:
 data:
   class_path: paperscale.data.ImageShards
   init_args: {{path: {tiny_shards}, global_batch_size: 32, crop_padding: 1}}
-trainer: {{max_epochs: 3}}
+trainer: {{max_epochs: 3, log_every_n_steps: 1}}
 checkpoint: {{every_n_steps: 5, keep_last: 3, monitor: val/accuracy}}
 ema: {{decay: 0.9}}
 """

@@ -31,7 +31,7 @@ def test_every_command_in_the_documents_exists(document):
         words = line.split()
         if words[:1] == ["paperscale"]:
             assert words[1] in choices, line
-            if words[1] in ("data", "bench") and "..." not in line:
+            if words[1] in ("data", "bench", "checkpoint") and "..." not in line:
                 build_parser().parse_args(shlex.split(line)[1:])
         if words[:1] == ["make"]:
             assert next(word for word in words[1:] if "=" not in word) in targets, line

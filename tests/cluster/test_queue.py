@@ -104,7 +104,7 @@ def test_a_run_on_two_nodes_is_seen_saved_and_ended(submit_tiny, capsys):  # noq
     slowly = (callback("Slowly", seconds=0.5),)
     run = submit_tiny("two", "tracking.enabled=false", cluster="slurm-dev", nodes=2, procs_per_node=1, callbacks=slowly)
     wait_for(lambda: run.read_json("progress.json").get("step", 0) >= 2, 90, "the first steps")
-    assert main(["checkpoint", "two", "--json"]) == 0
+    assert main(["checkpoint", "save", "two", "--json"]) == 0
     saved = json.loads(capsys.readouterr().out)["checkpoint"]
     assert main(["status", "two", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)

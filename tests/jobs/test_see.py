@@ -106,7 +106,7 @@ def test_what_a_script_reads_has_a_line_a_run_and_tabs_between(some, capsys):
         (["logs", "c-stopped", "--node", "5"], "has nodes 0 to 1, not 5"),
         (["diff", "a-done", "b-faild"], "no run 'b-faild'"),
         (["drill", "g", "kill-rank"], "'g' is a sweep, not a run: `paperscale runs --group g` lists its runs"),
-        (["checkpoint", "g"], "'g' is a sweep"),
+        (["checkpoint", "save", "g"], "'g' is a sweep"),
         (["cancel", "g"], "`paperscale cancel --group g` ends them"),
     ],
 )
@@ -268,7 +268,7 @@ def test_a_running_job_is_seen_saved_and_stopped(submit_tiny, capsys):
     """On real processes: the agents see the switches within a second."""
     run = submit_tiny("live", "tracking.enabled=false", callbacks=(callback("Slowly", seconds=0.5),))
     wait_for(lambda: run.read_json("progress.json").get("step", 0) >= 2, 60, "the first steps")
-    assert main(["checkpoint", "live", "--timeout", "30", "--json"]) == 0
+    assert main(["checkpoint", "save", "live", "--timeout", "30", "--json"]) == 0
     saved = json.loads(capsys.readouterr().out)["checkpoint"]
     assert (run.checkpoints / saved / "manifest.json").exists()
     assert main(["status", "live", "--json"]) == 0
@@ -291,7 +291,7 @@ def test_a_running_job_is_seen_saved_and_stopped(submit_tiny, capsys):
 def test_a_job_that_does_not_save_in_time_is_told(submit_tiny, capsys):
     run = submit_tiny("slow", "tracking.enabled=false", callbacks=(callback("Slowly", seconds=5),))
     wait_for(lambda: run.attempts() and run.attempts()[0].ranks(), 60, "the ranks")
-    assert main(["checkpoint", "slow", "--timeout", "1"]) == 2
+    assert main(["checkpoint", "save", "slow", "--timeout", "1"]) == 2
     assert "has written no checkpoint within 1 s" in capsys.readouterr().err
     assert not (run.path / "save").exists(), "the request is withdrawn"
     assert main(["cancel", "slow", "--save", "--timeout", "1"]) == 2

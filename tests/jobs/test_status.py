@@ -169,7 +169,7 @@ def test_what_has_ended_is_not_cancelled(runs, capsys):
     assert "run 'done' is finished: nothing to cancel" in capsys.readouterr().err
     assert main(["cancel"]) == 2
     assert "name the runs to cancel, or a sweep with --group" in capsys.readouterr().err
-    assert main(["checkpoint", "done"]) == 2
+    assert main(["checkpoint", "save", "done"]) == 2
     assert "only a running one can write a checkpoint" in capsys.readouterr().err
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,8 @@ class Training:
         clip: of the gradients' norm.
         drop: the optimizer step that is dropped.
         options: of the checkpoints.
+        width: of the network.
+        memory: tell how much memory it takes, and do not train.
         initial: checkpoint to begin with the weights of.
     """
 
@@ -59,6 +62,8 @@ class Training:
     clip: float | None = 1.0
     drop: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    width: int = 9
+    memory: bool = False
     initial: str | None = None
 
 
@@ -89,6 +94,22 @@ class Losses(Callback):
             self._sum.zero_()
 
 
+class Memory(Callback):
+    """Tells how far this process has grown when training starts, in MiB, and ends it there."""
+
+    def __init__(self) -> None:
+        self.before = self.peak()
+
+    @staticmethod
+    def peak() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        weights = sum(getattr(p, "ds_numel", p.numel()) for p in pl_module.parameters()) * 4 >> 20
+        print(json.dumps({"weights": weights, "grown": self.peak() - self.before}), flush=True)
+        os._exit(0)
+
+
 def train(job: Training, store: Any, world_size: int) -> dict[str, list[float]]:
     """Train; return losses and norms."""
     torch.manual_seed(1)
@@ -111,7 +132,7 @@ def train(job: Training, store: Any, world_size: int) -> dict[str, list[float]]:
         max_steps=job.steps,
         max_epochs=-1,
         plugins=[JobEnvironment()],
-        callbacks=[*initial, losses, StreamPosition(), saving],
+        callbacks=[*initial, losses, StreamPosition(), saving, *([Memory()] if job.memory else [])],
         accumulate_grad_batches=data.accumulate(world_size),
         logger=False,
         enable_progress_bar=False,
@@ -120,12 +141,12 @@ def train(job: Training, store: Any, world_size: int) -> dict[str, list[float]]:
         limit_val_batches=0,
     )
     take_over_signals(trainer)
-    model, initialisation = construct(Small)
-    if isinstance(job.strategy, str) and "parameters" in sharding(job.strategy).divided:
+    model, initialisation = construct(lambda: Small(job.width))
+    if "parameters" in sharding(job.strategy if isinstance(job.strategy, str) else "ddp").divided:
         trainer.strategy.initial = initialisation.value
     else:
         torch.manual_seed(1)
-        model = Small()
+        model = Small(job.width)
     trainer.fit(model, datamodule=data, ckpt_path=resume and resume / "state.pt", weights_only=True)
     return {"losses": losses.values, "norms": losses.norms}
 

@@ -24,10 +24,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from torch import nn
 
 from helpers import equal, final_state, rows, trained_samples
-from paperscale.errors import FAILED, FINISHED, REQUEUE, USER_ERROR, UserError
+from paperscale.errors import FINISHED, REQUEUE, USER_ERROR, UserError
 from paperscale.training import saving
 from paperscale.training.checkpoint import (
     MANIFEST,
@@ -42,16 +43,16 @@ from paperscale.training.checkpoint import (
     step_of,
     verify,
 )
+from paperscale.training.checkpointing import Checkpointing
 from paperscale.training.pieces import Piece, piece_of, to_write
 from paperscale.training.saving import Files, Job, Saver
+from paperscale.training.strategies.single import SingleStrategy
 from paperscale.training.tensorfile import Buffer, TensorReader, header, tensor_file
 from test_resume import at_step, attempt, new_run, own_signals  # noqa: F401  a fixture for every test here
 
 FACTS = {"consumed": 0}
 SHORT = "trainer.max_epochs=1"
 """Of eight steps, the fifth and the last of which are followed by checkpoints."""
-KILLED_S = 0.15
-"""Seconds within which a process that saves is killed: those of a few checkpoints."""
 
 
 def files_of(rank: int, step: int, size: int = 1 << 19) -> Files:
@@ -134,11 +135,14 @@ def killed(folder: Path, ranks: int, seconds: float) -> None:
     [(1, 10), (2, 5), pytest.param(1, 100, marks=pytest.mark.slow), pytest.param(2, 100, marks=pytest.mark.slow)],
 )
 def test_killed_at_any_moment_leaves_only_whole_checkpoints(tmp_path, ranks, kills):
-    newest, unfinished = 0, 0
+    newest, unfinished, began = 0, 0, time.monotonic()
+    (elsewhere := tmp_path.with_name("elsewhere")).mkdir()
+    assert set(save(savers([elsewhere] * ranks), 1)) == {""}
+    a_few = 4 * (time.monotonic() - began)
     for number in range(kills):
         clear_unfinished(tmp_path)  # what each attempt begins with
         assert not list(tmp_path.glob(".*"))
-        killed(tmp_path, ranks, random.Random(number).uniform(0, KILLED_S))
+        killed(tmp_path, ranks, random.Random(number).uniform(0, a_few))
         found = all_checkpoints(tmp_path)
         steps = [step_of(checkpoint) for checkpoint in found]
         assert all(written(tmp_path, step, ranks) for step in steps), "none is half one"
@@ -149,7 +153,7 @@ def test_killed_at_any_moment_leaves_only_whole_checkpoints(tmp_path, ranks, kil
         others = [path.name for path in tmp_path.iterdir() if path not in found]
         assert all(name.startswith(".step-") and ".partial" in name for name in others)
         unfinished += bool(others)
-    assert newest > kills / 2, "each went on from where the one before had been killed"
+    assert newest > 2, "each went on from where the one before had been killed"
     assert unfinished, "some were killed in the midst of it"
     clear_unfinished(tmp_path)
     assert set(save(savers([tmp_path] * ranks), newest + 1)) == {""}
@@ -340,6 +344,7 @@ class Frees(Callback):
             self.path.unlink()
 
 
+@pytest.mark.slow
 def test_training_goes_on_past_a_full_disk_and_saves_when_there_is_space(tiny_recipe, small_disk, capfd, monkeypatch):
     monkeypatch.setenv("PAPERSCALE_RUNS", str(small_disk / "runs"))
     filler = small_disk / "filler"
@@ -412,11 +417,39 @@ def test_preempted_while_a_checkpoint_is_written(runs, tiny_recipe, request):
     assert rows(run) == rows(whole)
 
 
-def test_an_error_lets_the_checkpoint_before_it_be_finished(runs, tiny_recipe, held_disk):
-    run = new_run("broken", tiny_recipe, releases(6, fails=True))
-    assert attempt(run) == FAILED
+class EachStep(Checkpointing):
+    """Writes after each step of a training that has no stream."""
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self.save(trainer)
+
+
+class Stream(BoringDataModule):
+    consumed = 0
+
+
+def fit(folder: Path, callback: Callback) -> None:
+    """Train three steps of Lightning's own example."""
+    trainer = Trainer(
+        accelerator="cpu",
+        strategy=SingleStrategy(device="cpu"),
+        max_steps=3,
+        callbacks=[callback, EachStep(folder, CheckpointOptions())],
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(BoringModel(), datamodule=Stream())
+
+
+def test_an_error_lets_the_checkpoint_before_it_be_finished(tmp_path, held_disk):
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path, Releases(2, fails=True))
+    assert held_disk
     assert all(held_disk)
-    assert newest_verified(run.checkpoints) == (run.checkpoints / "step-00000005", [])
+    assert newest_verified(tmp_path) == (tmp_path / "step-00000001", [])
 
 
 class Keeps(Callback):
@@ -426,12 +459,10 @@ class Keeps(Callback):
         return {"best": {"path": Path("a")}}
 
 
-def test_state_that_could_not_be_read_back_is_said_at_the_first_checkpoint(runs, tiny_recipe, capfd):
-    run = new_run("keeps", tiny_recipe, "trainer.callbacks+={class_path: test_saving.Keeps}")
-    assert attempt(run) == USER_ERROR
-    err = capfd.readouterr().err
-    assert "with callbacks.Keeps.best.path (PosixPath) in it; keep only numbers" in err
-    assert not all_checkpoints(run.checkpoints)
+def test_state_that_could_not_be_read_back_is_said_at_the_first_checkpoint(tmp_path):
+    with pytest.raises(UserError, match=r"with callbacks.Keeps.best.path \(PosixPath\) in it; keep only numbers"):
+        fit(tmp_path, Keeps())
+    assert not all_checkpoints(tmp_path)
 
 
 # -- retention -----------------------------------------------------------------------------------------------

@@ -27,6 +27,12 @@ def train(folder: Path, world_size: int, jobs: list[dict[str, Any]]) -> list[lis
 
 def losses_and_norms(folder: Path, world_size: int, jobs: list[dict[str, Any]]) -> list[dict[str, list[float]]]:
     (out := folder / "out.jsonl").unlink(missing_ok=True)
+    ranks_say(folder, world_size, jobs)
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def ranks_say(folder: Path, world_size: int, jobs: list[dict[str, Any]]) -> list[str]:
+    """Start the ranks; return what each has printed."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     tests = Path(__file__).parents[1]
@@ -44,7 +50,7 @@ def losses_and_norms(folder: Path, world_size: int, jobs: list[dict[str, Any]]) 
     ]
     said = [process.communicate(timeout=280)[0] for process in ranks]
     assert not any(process.returncode for process in ranks), "\n".join(said)[-4000:]
-    return [json.loads(line) for line in out.read_text().splitlines()]
+    return said
 
 
 @pytest.fixture
@@ -157,3 +163,12 @@ def test_state_on_the_cpu_is_continued_without(tmp_path, job):
         first, off, on = found[3 * number : 3 * number + 3]
         assert_close(first + off, whole, offloading[number])
         assert_close(first + on, whole, offloading[number])
+
+
+@pytest.mark.slow
+def test_no_process_holds_a_divided_model_wholly(tmp_path, job):
+    """FSDP2 needs its half of the weights, and one tensor more while it makes them."""
+    for said in ranks_say(tmp_path, 2, [job("fsdp", 2, width=4000, memory=True)]):
+        found = json.loads(next(line for line in said.splitlines() if line.startswith('{"weights"')))
+        assert found["weights"] > 480
+        assert found["grown"] < 0.5 * found["weights"] + 2 * 122 + 40, found  # MiB: the largest tensor has 122

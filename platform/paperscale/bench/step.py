@@ -136,9 +136,10 @@ def run(options: argparse.Namespace) -> int:
     """
     console = Console(stderr=options.json)
     rounds = 1 if options.quick else options.rounds
+    trainings = (rounds + (not options.quick)) * len(WAYS) * len(WORKS)
     columns = (TextColumn("training in turns"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=rounds * len(WAYS) * len(WORKS) * len(WORLD_SIZES))
+        task = progress.add_task("", total=trainings * len(WORLD_SIZES))
         results = measure(rounds, options.quick, lambda done: progress.update(task, completed=done))
     if options.json:
         print(json.dumps(results.to_json(), indent=1))
@@ -167,7 +168,7 @@ def measure(rounds: int, quick: bool = False, progress: Callable[[int], None] = 
     """
     cases: list[Case] = []
     for number, world_size in enumerate(WORLD_SIZES):
-        before = number * rounds * len(WAYS) * len(WORKS)
+        before = number * (rounds + (not quick)) * len(WAYS) * len(WORKS)
         ranks = run_ranks(
             "paperscale.bench.step_rank",
             world_size,
@@ -178,6 +179,8 @@ def measure(rounds: int, quick: bool = False, progress: Callable[[int], None] = 
         )
         found = {work: Case(work, world_size, ranks[0][0]["device"]) for work in WORKS}
         for rows in zip(*ranks, strict=True):
+            if rows[0]["round"] < 0:
+                continue
             case, way = found[rows[0]["work"]], rows[0]["way"]
             case.walls[way].append(rows[0]["wall_us"])
             case.cpus[way].append(sum(row["cpu_us"] for row in rows))

@@ -3,7 +3,7 @@
     RANK=0 WORLD_SIZE=2 python -m paperscale.bench.step_rank FOLDER ROUNDS QUICK
 
 The folder holds a run for each work and number of metrics, as ``paperscale submit`` would make it. Every rank writes a
-line of JSON for each training: ``{"work": ..., "way": ..., "wall_us": ..., "cpu_us": ...}``, times of a step.
+line of JSON for each training, with its ``round``, ``work``, ``way`` and a step's ``wall_us`` and ``cpu_us``.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def main(folder: Path, rounds: int, quick: bool) -> None:
         dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size)
     where = torch.cuda.get_device_name(device) if on_gpu else "CPU"
     ways = {work: Ways(folder, work, device, store, quick).all() for work in WORKS}
-    for number in range(0 if quick else -1, rounds):  # the first is not counted: it pays for what is loaded late
+    for number in range(0 if quick else -1, rounds):  # round -1 is not counted: it pays for what is loaded late
         for work, trainings in ways.items():
             todo = list(trainings.items())
             first = number % len(todo)
@@ -160,9 +160,7 @@ def main(folder: Path, rounds: int, quick: bool) -> None:
                 if store:
                     dist.barrier()
                 times = train()
-                if number >= 0:
-                    line = {"work": work, "way": way, "device": where, **times}
-                    emit(folder, line)
+                emit(folder, {"round": number, "work": work, "way": way, "device": where, **times})
     if store:
         dist.barrier()
         dist.destroy_process_group()

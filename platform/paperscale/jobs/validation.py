@@ -115,6 +115,7 @@ class Validator:
             UserError: the recipe is wrong, its shards are missing, it does not fit the number of processes, or needs
                 more memory than a GPU has.
         """
+        from paperscale.training import speed
         from paperscale.training.recipe import RecipeCLI
 
         cli = RecipeCLI(arguments.to_cli(), build=False)
@@ -124,6 +125,7 @@ class Validator:
             self._warnings[f"{alone}; --nodes and --procs-per-node give it more"] = None
         if self._new({**cli.config.as_dict(), "seed_everything": None}):
             cli = self._built(arguments)
+            speed.check(cli.config_init.speed, cli.model)
             self._check_data(cli)
             self._check_optimizers(cli, of)
             if self.lengthened:

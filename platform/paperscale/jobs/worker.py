@@ -135,6 +135,8 @@ class Worker:
         resume = self.choose_checkpoint()
         cli = RecipeCLI([f"--config={self.run.recipe}"], defer=True)
         speed.apply(cli.config_init.speed, cli.model)
+        if cli.initialisation is not None and cli.initialisation.failure:
+            self.say(f"WARNING every process makes the whole model first: {cli.initialisation.failure}")
         self.record(
             strategy=sharding(cli.config.trainer.strategy, self.world_size).name,
             nodes=self.info.nodes,

@@ -20,7 +20,8 @@ from torch.distributed.fsdp import (
 )
 from torchmetrics import Metric
 
-from paperscale.training.blocks import blocks
+from paperscale.training.blocks import separable_blocks
+from paperscale.training.memory import freed_at_once
 from paperscale.training.pieces import Piece, piece_of
 from paperscale.training.strategies.portable import PortableStrategy
 
@@ -31,7 +32,7 @@ _REDUCED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 class FSDP2Strategy(PortableStrategy, ModelParallelStrategy):
     """Lightning's strategy for FSDP2, which divides a paper's model without the paper's help.
 
-    Each repeated block (:func:`paperscale.training.blocks.blocks`) is gathered, computed and freed on its own; what is
+    Each repeated block (:func:`paperscale.training.blocks.separable_blocks`) is gathered, computed and freed on its own; what is
     left over belongs to the module itself. Under 16-bit mixed precision weights are gathered in 16 bits and gradients
     are averaged in 32. A module with a ``configure_model`` of its own divides itself.
 
@@ -80,7 +81,7 @@ class FSDP2Strategy(PortableStrategy, ModelParallelStrategy):
             "mp_policy": policy,
             "offload_policy": CPUOffloadPolicy() if self._offloads else OffloadPolicy(),
         }
-        for _, block in blocks(module):
+        for _, block in separable_blocks(module):
             fully_shard(block, reshard_after_forward=self.reshard_after_forward, **settings)
         fully_shard(module, reshard_after_forward=False, **settings)
         for name in _STEPS:
@@ -94,7 +95,7 @@ class FSDP2Strategy(PortableStrategy, ModelParallelStrategy):
         for part in reversed(list(module.modules())):  # a divided module after those whose weights it holds
             if not isinstance(part, Metric):  # it would empty what the metric counts with
                 part.to_empty(device="cpu" if self._offloads else self.root_device, recurse=False)
-        with torch.no_grad():
+        with torch.no_grad(), freed_at_once():
             for name, tensor in (*module.named_parameters(), *module.named_buffers()):
                 piece = piece_of(name, tensor)
                 piece.fill(self.initial(whole[name]).reshape(-1)[piece.start : piece.stop])

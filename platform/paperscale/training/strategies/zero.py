@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.utils import swap_tensors
 
+from paperscale.training.memory import freed_at_once
 from paperscale.training.operators import prepare
 from paperscale.training.pieces import Piece, piece_of
 from paperscale.training.strategies.portable import (
@@ -123,7 +124,8 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         if self.initial is not None:
             if trainer.state.fn == TrainerFn.FITTING:  # now, while parameters have their shapes: groups go by them
                 self._configured = super()._init_optimizers()
-            self._materialise(self.lightning_module)
+            with freed_at_once():
+                self._materialise(self.lightning_module)
         if trainer.state.fn != TrainerFn.FITTING:
             self.optimizers = []  # of the training before, which an evaluation does not set up again
         super().setup(trainer)
