@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import LightningModule
 from safetensors import safe_open
 from safetensors.torch import load_file, load_model, save_file
@@ -40,26 +41,38 @@ class Tied(nn.Module):
 
 
 class Exportable(LightningModule):
-    """Has the names of another library, as a paper's module may."""
+    """Has the names of another library, as a paper's module may.
 
-    def __init__(self) -> None:
+    Args:
+        embedding: its name here.
+        formats: libraries that have such a model.
+    """
+
+    def __init__(self, embedding: str = "net.embed.weight", formats: tuple[str, ...] = ("torchvision", "huggingface")):
         super().__init__()
-        self.net = Tied()
+        self.net, self.embedding, self.formats = Tied(), embedding, formats
 
-    def export_names(self, format: str) -> dict[str, str]:
-        return {"net.embed.weight": "wte.weight", "net.head.weight": "lm_head.weight", "net.norm.weight": "ln.gamma"}
+    def export_names(self, format: str) -> dict[str, str] | None:
+        names = {self.embedding: "wte.weight", "net.head.weight": "lm_head.weight", "net.norm.weight": "ln.gamma"}
+        return names if format in self.formats else None
 
     def export_config(self, format: str) -> dict[str, Any]:
         return {"model_type": "tied", "vocab_size": 11}
 
 
-def save(model: nn.Module, folder: Path, ranks: int, averages: bool = False) -> Path:
+def recipe_of(data: Path, **arguments: Any) -> str:
+    model = {"class_path": "test_export.Exportable", "init_args": arguments}
+    shards = {"class_path": "paperscale.data.ImageShards", "init_args": {"path": str(data), "global_batch_size": 8}}
+    return yaml.safe_dump({"model": model, "data": shards})
+
+
+def save(model: nn.Module, folder: Path, ranks: int, recipe: str = "model: {}\n") -> Path:
     """Write a checkpoint as ``ranks`` ranks of DDP do."""
     folder.mkdir(parents=True)
     names = {id(p): name for name, p in model.named_parameters()}
     pieces = [Piece(f"model/{n}", tuple(p.shape), 0, p.detach(), replicated=True) for n, p in model.named_parameters()]
     buffers = [Piece(f"model/{n}", tuple(b.shape), 0, b) for n, b in persistent_buffers(model)]
-    files = {"recipe.yaml": write_durably(folder / "recipe.yaml", [b"model: {}\n"])}
+    files = {"recipe.yaml": write_durably(folder / "recipe.yaml", [recipe.encode()])}
     for rank in range(ranks):
         content = Buffer().take([*to_write(pieces, rank, ranks), *(buffers if rank == 0 else [])])
         files[tensor_file(rank)] = write_durably(folder / tensor_file(rank), content)
@@ -118,10 +131,9 @@ def test_the_mean_of_checkpoints_of_other_models_is_refused(tmp_path):
         of_checkpoint(tmp_path / "step-1", averages=True)
 
 
-def test_a_paper_gives_its_weights_the_names_of_another_library(tmp_path, monkeypatch):
+def test_a_paper_gives_its_weights_the_names_of_another_library(tmp_path, tiny_shards):
     module = Exportable()
-    checkpoint = save(module, tmp_path / "new-1", 2)
-    monkeypatch.setattr("paperscale.jobs.exporting._module", lambda _: module)
+    checkpoint = save(module, tmp_path / "new-1", 2, recipe_of(tiny_shards))
     weights = of_checkpoint(checkpoint)
     export_as("torchvision", checkpoint, weights, tmp_path / "tv.safetensors", None, {})
     found = load_file(tmp_path / "tv.safetensors")
@@ -130,10 +142,10 @@ def test_a_paper_gives_its_weights_the_names_of_another_library(tmp_path, monkey
     export_as("huggingface", checkpoint, weights, tmp_path / "hf", torch.bfloat16, {"paperscale.step": "1"})
     assert json.loads((tmp_path / "hf/config.json").read_text()) == {"model_type": "tied", "vocab_size": 11}
     assert load_file(tmp_path / "hf/model.safetensors")["wte.weight"].dtype == torch.bfloat16
-    monkeypatch.setattr(module, "export_names", lambda format: {"net.embed.wight": "x"})
+    (checkpoint / "recipe.yaml").write_text(recipe_of(tiny_shards, embedding="net.embed.wight"))
     with pytest.raises(UserError, match=r"has no 'net.embed.wight'; did you mean 'net.embed.weight'\?"):
         export_as("huggingface", checkpoint, weights, tmp_path / "no", None, {})
-    monkeypatch.setattr(module, "export_names", lambda format: None)
+    (checkpoint / "recipe.yaml").write_text(recipe_of(tiny_shards, formats=["torchvision"]))
     with pytest.raises(UserError, match=r"Exportable has no names of huggingface.*leave --format out"):
         export_as("huggingface", checkpoint, weights, tmp_path / "no", None, {})
     assert not (tmp_path / "no").exists()

@@ -28,7 +28,7 @@ from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from torch import nn
 
 from helpers import equal, final_state, rows, trained_samples
-from paperscale.errors import FINISHED, REQUEUE, USER_ERROR, UserError
+from paperscale.errors import FINISHED, REQUEUE, UserError
 from paperscale.training import saving
 from paperscale.training.checkpoint import (
     MANIFEST,
@@ -136,8 +136,7 @@ def killed(folder: Path, ranks: int, seconds: float) -> None:
 )
 def test_killed_at_any_moment_leaves_only_whole_checkpoints(tmp_path, ranks, kills):
     newest, unfinished, began = 0, 0, time.monotonic()
-    (elsewhere := tmp_path.with_name("elsewhere")).mkdir()
-    assert set(save(savers([elsewhere] * ranks), 1)) == {""}
+    assert set(save(savers([tmp_path] * ranks), 1)) == {""}
     a_few = 4 * (time.monotonic() - began)
     for number in range(kills):
         clear_unfinished(tmp_path)  # what each attempt begins with
@@ -153,7 +152,7 @@ def test_killed_at_any_moment_leaves_only_whole_checkpoints(tmp_path, ranks, kil
         others = [path.name for path in tmp_path.iterdir() if path not in found]
         assert all(name.startswith(".step-") and ".partial" in name for name in others)
         unfinished += bool(others)
-    assert newest > 2, "each went on from where the one before had been killed"
+    assert newest > 3, "each went on from where the one before had been killed"
     assert unfinished, "some were killed in the midst of it"
     clear_unfinished(tmp_path)
     assert set(save(savers([tmp_path] * ranks), newest + 1)) == {""}
@@ -572,7 +571,7 @@ def test_code_in_a_state_file_is_not_run(tmp_path, protocol):
     if protocol == "torch":
         torch.save({"callbacks": Runs(done)}, path)
     else:
-        path.write_bytes(pickle.dumps(Runs(done)))
+        path.write_bytes(pickle.dumps(Runs(done), 2))
     with pytest.raises(
         UserError, match=r"state.pt is not plain data and was not loaded \(.*\); restore it from a copy"
     ):
@@ -582,7 +581,7 @@ def test_code_in_a_state_file_is_not_run(tmp_path, protocol):
 
 def test_garbage_in_a_state_file_is_a_sentence(tmp_path):
     path = tmp_path / "rank-00000.pt"
-    for content in (b"", b"\x80", os.urandom(1000), b"PK\x03\x04" + bytes(100), pickle.dumps([1])[:-1]):
+    for content in (b"", b"\x80", os.urandom(1000), b"PK\x03\x04" + bytes(100), pickle.dumps([1], 2)[:-1]):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"rank-00000.pt is not plain data"):
             read_state(path)

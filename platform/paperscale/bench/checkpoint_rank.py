@@ -129,11 +129,13 @@ class Way:
         strategy: of the training.
         begin: begins to write into a folder; what it takes is the stall.
         done: whether it is on the disk.
+        prepare: called after the first step.
     """
 
     strategy: Strategy
     begin: Callable[[Trainer, Path], None]
     done: Callable[[], bool]
+    prepare: Callable[[Trainer], None] = lambda trainer: None
 
 
 class Watch(Callback):
@@ -152,7 +154,7 @@ class Watch(Callback):
         self.plain: list[float] = []
         self.beside: list[float] = []
         self.writes: list[float] = []
-        self.memory = 0
+        self.memory, self._growth = 0, Growth()
         self._step = 0
 
     def on_train_batch_start(self, *args: Any) -> None:
@@ -170,6 +172,8 @@ class Watch(Callback):
                 self._written()
         elif self._step > 1:
             self.plain.append(took)
+        elif not self.stalls:
+            self.way.prepare(trainer)
         if self._step == _PLAIN:
             if len(self.stalls) == 2:
                 trainer.should_stop = True
@@ -177,7 +181,6 @@ class Watch(Callback):
                 self._begin(trainer)
 
     def _begin(self, trainer: Trainer) -> None:
-        self._growth = Growth()
         self._started = time.perf_counter()
         self.way.begin(trainer, self.folder / f"{len(self.stalls)}")
         _synchronise()
@@ -187,7 +190,7 @@ class Watch(Callback):
 
     def _written(self) -> None:
         self.writes.append(time.perf_counter() - self._started)
-        self.memory = max(self.memory, self._growth.read())
+        self.memory = self._growth.read()
         self._step = 0
 
     def result(self) -> dict[str, float]:
@@ -211,7 +214,10 @@ def ours(device: torch.device, folder: Path, wait: bool = False) -> Way:
     saving = Checkpointing(folder, CheckpointOptions(wait=wait), recipe="none")
 
     return Way(
-        SingleStrategy(device=device), lambda trainer, path: saving.save(trainer), lambda: not saving.saver.writing
+        SingleStrategy(device=device),
+        lambda trainer, path: saving.save(trainer),
+        lambda: not saving.saver.writing,
+        saving.reserve,
     )
 
 

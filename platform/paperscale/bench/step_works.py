@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from paperscale.papers.resnet import CifarResNet
 
-VOCABULARY, WIDTH = 8192, 128
+VOCABULARY, WIDTH = 2048, 128
 CLASSES = 8
 
 
@@ -42,7 +42,7 @@ class Work:
 
 
 WORKS = {
-    "tiny": Work("one layer, 32 to 4, batches of 8", 8, 300, 40, length=32),
+    "tiny": Work("one layer, 32 to 4, batches of 8", 8, 1000, 50, length=32),
     "resnet20": Work("ResNet-20, batches of 128 images of 28 x 28", 128, 8, 2, side=28),
     "transformer": Work("2 layers of a Transformer, width 128, batches of 8 x 128 tokens", 8, 16, 3, length=128),
 }

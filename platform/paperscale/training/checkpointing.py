@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch.distributed import Store
 
-from paperscale.errors import Interrupted, Superseded, UserError, nearest
+from paperscale.errors import Interrupted, Superseded, UserError, is_lost_rank, nearest
 from paperscale.training.callbacks import datamodule
 from paperscale.training.checkpoint import (
     RECIPE,
@@ -34,7 +34,8 @@ from paperscale.training.saving import SUPERSEDED, Files, Job, Saver
 from paperscale.training.strategies.portable import STATE, PortableStrategy
 from paperscale.training.tensorfile import Buffer, TensorReader, tensor_file
 
-_LINGER_S = 60.0
+_LINGER_S, _LINGER_LOST_S = 60.0, 5.0
+"""Seconds that an error leaves for the checkpoint that is being written; without a rank, it may never be complete."""
 
 
 class Checkpointing(Checkpoint):
@@ -78,7 +79,7 @@ class Checkpointing(Checkpoint):
         self.saver = Saver(folder, options.retention)
         self.stalls_s: list[float] = []
         self._buffer = Buffer()
-        self._stopping = self._saving = False
+        self._stopping = self._saving = self._reserved = False
         self._saved_step = self._validated_step = -1
         self._metrics: dict[str, float] = {}
 
@@ -126,7 +127,9 @@ class Checkpointing(Checkpoint):
         if not batch["cursor"].last:
             return
         if self.saver.written:
-            self.finish(trainer)
+            self.finish(trainer, last=False)
+        if not self._reserved:
+            self.reserve(trainer)
         step = trainer.global_step
         decision = self.agreement.reached()
         self._stopping, self._saving = decision == "stop", self._saving or decision == "save"
@@ -173,7 +176,7 @@ class Checkpointing(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let the checkpoint that is being written be finished: it was made before whatever has happened."""
         self.pulse.mark("checkpoint", trainer.global_step)
-        self.saver.linger(_LINGER_S)
+        self.saver.linger(_LINGER_LOST_S if is_lost_rank(exception) else _LINGER_S)
 
     # -- writing -----------------------------------------------------------------------------------------------
 
@@ -227,19 +230,32 @@ class Checkpointing(Checkpoint):
             raise UserError(message)
         self.say(f"WARNING {message}")
 
+    def reserve(self, trainer: Trainer) -> None:
+        """Have the memory for the first checkpoint handed out beside the next step; the optimizers have taken one."""
+        self._reserved = True
+        self._buffer.reserve(self._written(trainer))
+
+    def _written(self, trainer: Trainer) -> list[Piece]:
+        """Return the pieces that this rank writes."""
+        strategy: Any = trainer.strategy
+        pieces = [*strategy.parameter_pieces(), *strategy.optimizer_pieces(), *_pieces_of_callbacks(trainer)]
+        buffers = strategy.buffer_pieces() if trainer.global_rank == 0 else []
+        return [*to_write(pieces, trainer.global_rank, trainer.world_size), *buffers]
+
     def _files(self, trainer: Trainer, epoch_ended: bool) -> Files:
         """Copy what this rank writes."""
         strategy: Any = trainer.strategy
         assert isinstance(strategy, PortableStrategy)  # noqa: S101  the worker's choice
         rank = trainer.global_rank
-        pieces = [*strategy.parameter_pieces(), *strategy.optimizer_pieces(), *_pieces_of_callbacks(trainer)]
-        written = [*to_write(pieces, rank, trainer.world_size), *(strategy.buffer_pieces() if rank == 0 else [])]
         own = {
             "random": random_state(),
             "metrics": {} if epoch_ended else metric_state(trainer.lightning_module),
             "logged": {} if epoch_ended else epoch_sums(trainer),
         }
-        files: Files = {tensor_file(rank): self._buffer.take(written), rank_file(rank): [self._plain(own)]}
+        files: Files = {
+            tensor_file(rank): self._buffer.take(self._written(trainer)),
+            rank_file(rank): [self._plain(own)],
+        }
         trainer.save_checkpoint(self.folder / STATE, weights_only=False)  # kept by the strategy, written here
         if rank == 0:
             files[STATE] = [self._plain(strategy.captured or {})]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -57,6 +58,19 @@ class Buffer:
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._reserving: threading.Thread | None = None
+
+    def reserve(self, pieces: Iterable[Piece]) -> None:
+        """Have the memory ready when these pieces are taken: a thread lets the system hand it out, page by page."""
+        size, on_gpu = _size(pieces := list(pieces)), _on_gpu(pieces)
+        self._reserving = threading.Thread(target=self._grow, args=(size, on_gpu), name="buffer", daemon=True)
+        self._reserving.start()
+
+    def _grow(self, size: int, on_gpu: bool) -> None:
+        if len(self._bytes) < size:
+            self._bytes = torch.empty(0, dtype=torch.uint8)  # first given back: never two of them
+            self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
+            self._bytes.numpy().fill(0)  # NumPy lets the interpreter go on
 
     def take(self, pieces: Iterable[Piece]) -> list[memoryview | bytes]:
         """Copy pieces and return the content of a file that holds them: its header and its data.
@@ -65,11 +79,10 @@ class Buffer:
             ValueError: an element's type has no name in safetensors.
         """
         ordered = sorted(pieces, key=lambda piece: -piece.tensor.element_size())  # each begins at a multiple of its own
-        size = sum(piece.tensor.numel() * piece.tensor.element_size() for piece in ordered)
-        on_gpu = any(piece.tensor.is_cuda for piece in ordered)
-        if len(self._bytes) < size:
-            self._bytes = torch.empty(0, dtype=torch.uint8)  # first given back: never two of them
-            self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
+        size, on_gpu = _size(ordered), _on_gpu(ordered)
+        if self._reserving is not None:
+            self._reserving.join()
+        self._grow(size, on_gpu)
         at = 0
         copies: list[tuple[Tensor, Tensor]] = []
         table: dict[str, Any] = {}
@@ -92,6 +105,14 @@ class Buffer:
             torch.cuda.synchronize()
         table["__metadata__"] = {"format": "pt", METADATA_KEY: json.dumps(places)}
         return [header(table), self._bytes[:size].numpy().data]
+
+
+def _size(pieces: Iterable[Piece]) -> int:
+    return sum(piece.tensor.nbytes for piece in pieces)
+
+
+def _on_gpu(pieces: Iterable[Piece]) -> bool:
+    return any(piece.tensor.is_cuda for piece in pieces)
 
 
 def _copy_in_threads(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
