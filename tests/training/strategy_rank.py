@@ -83,9 +83,7 @@ class Losses(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         count = len(batch["label"]) * bool(batch["cursor"].weight)
-        loss = outputs["loss"].item()
-        if not strategies.is_sharded(trainer.strategy) or "Zero" not in type(trainer.strategy).__name__:
-            loss *= trainer.accumulate_grad_batches
+        loss = outputs["loss"].item() * trainer.accumulate_grad_batches  # by which Lightning has divided it
         self._sum += torch.tensor([loss * count, count], dtype=torch.float64)
         if batch["cursor"].last:
             if trainer.world_size > 1:

@@ -8,6 +8,8 @@ Writes a line of JSON for each training: ``{"work": ..., "way": ..., "device": .
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import logging
 import shutil
@@ -264,6 +266,13 @@ def train(model: Sized, way: Way, device: torch.device, folder: Path) -> dict[st
     return watch.result()
 
 
+def _give_back() -> None:
+    """Return what is free to the system, so that the next way's growth is its own."""
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # not on every system
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -282,7 +291,7 @@ def main(folder: Path, rounds: int, quick: bool) -> None:
                 (into := folder / "written").mkdir()
                 result = train(model, make(device, into), device, into)
                 shutil.rmtree(into)
-                gc.collect()
+                _give_back()
                 emit(folder, {"work": name, "way": way, "device": where, **result})
 
 

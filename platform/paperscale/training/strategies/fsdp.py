@@ -32,9 +32,9 @@ _REDUCED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 class FSDP2Strategy(PortableStrategy, ModelParallelStrategy):
     """Lightning's strategy for FSDP2, which divides a paper's model without the paper's help.
 
-    Each repeated block (:func:`paperscale.training.blocks.separable_blocks`) is gathered, computed and freed on its own; what is
-    left over belongs to the module itself. Under 16-bit mixed precision weights are gathered in 16 bits and gradients
-    are averaged in 32. A module with a ``configure_model`` of its own divides itself.
+    Each repeated block (:func:`paperscale.training.blocks.separable_blocks`) is gathered, computed and freed on its
+    own; what is left over belongs to the module itself. Under 16-bit mixed precision weights are gathered in 16 bits
+    and gradients are averaged in 32. A module with a ``configure_model`` of its own divides itself.
 
     Args:
         reshard_after_forward: free a block's gathered weights after its forward pass, and gather them again for the

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from paperscale.errors import UserError
+from paperscale.nn.optimizers import norms
 from paperscale.training.checkpoint import read_state
 from paperscale.training.pieces import Piece, persistent_buffers, piece_of
 from paperscale.training.tensorfile import TensorReader
@@ -141,9 +142,16 @@ class PortableStrategy(Strategy):
 
     def gradient_norm(self) -> Tensor:
         """Return the 2-norm of all gradients before clipping; in ``on_before_optimizer_step``, on all ranks."""
-        gradients = [p.grad for p in _trained(self.optimizers) if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        gradients: list[Any] = [p.grad for p in _trained(self.optimizers) if p.grad is not None]
+        if not gradients:
+            return torch.zeros((), device=self.root_device)
+        sharded = isinstance(gradients[0], DTensor)
+        total = torch.linalg.vector_norm(torch.stack(norms([g.to_local() if sharded else g for g in gradients])))
+        if sharded:
+            total = total.square().to(self.root_device)
+            dist.all_reduce(total)
+            total = total.sqrt()
+        return total
 
     def drop_gradients(self) -> None:
         """Let this optimizer step change nothing; in ``on_before_optimizer_step``, on all ranks."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -15,9 +17,20 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.utils import swap_tensors
 
+from paperscale.errors import UserError
 from paperscale.training.memory import freed_at_once
 from paperscale.training.operators import prepare
 from paperscale.training.pieces import Piece, piece_of
+from paperscale.training.strategies.nvme import (
+    SwapFolder,
+    buffers_for,
+    check_files,
+    group_in_memory,
+    is_swapped,
+    lies_in_file,
+    release_weights,
+    weight_in_memory,
+)
 from paperscale.training.strategies.portable import (
     PortableStrategy,
     check_count,
@@ -30,6 +43,7 @@ from paperscale.training.tensorfile import TensorReader
 
 Place = Literal["cpu", "nvme"]
 _MB = 1 << 20
+_WHOLE = 10**12  # elements of a sub-group: all of a parameter group
 _DTYPES = {
     "bf16-mixed": torch.bfloat16,
     "bf16-true": torch.bfloat16,
@@ -46,7 +60,6 @@ class _Fragment:
     name: str
     shape: tuple[int, ...]
     start: int
-    flat: Tensor
     at: int
     size: int
 
@@ -61,10 +74,15 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         stage: of ZeRO.
         offload_optimizer: where the optimizer's state lies and is computed on, if not on the device.
         offload_parameters: where the weights lie while they are not needed (stage 3).
-        nvme_path: folder of a local disk for ``nvme``.
-        bucket_mb: MiB of gradients that are reduced, and of weights that are gathered, at once.
+        nvme_path: folder of a local disk for ``nvme`` (stage 3), by default ``$PAPERSCALE_NVME``, else
+            ``/local_nvme``; variables of the environment are filled in.
+        bucket_mb: MiB of gradients that are reduced, of weights that are gathered, and of masters that are brought in
+            from NVMe, at once.
         overlap: reduce gradients while the backward pass goes on.
         on_gpu: whether the job computes on GPUs; by default where there are any.
+
+    Raises:
+        UserError: ``nvme`` is asked for at another stage than 3.
     """
 
     def __init__(
@@ -72,11 +90,15 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         stage: Literal[1, 2, 3] = 2,
         offload_optimizer: Place | None = None,
         offload_parameters: Place | None = None,
-        nvme_path: str = "/local_nvme",
+        nvme_path: str | None = None,
         bucket_mb: int = 200,
         overlap: bool = True,
         on_gpu: bool | None = None,
     ):
+        self.nvme_path = nvme_path or os.environ.get("PAPERSCALE_NVME", "/local_nvme")
+        self.on_nvme = "nvme" in (offload_optimizer, offload_parameters)
+        if self.on_nvme and stage < 3:  # DeepSpeed would use the CPU without a word
+            raise UserError(f"ZeroStrategy: stage {stage} offloads to the CPU alone; use stage: 3 or cpu for nvme")
         prepare(on_gpu=torch.cuda.is_available() if on_gpu is None else on_gpu)
         super().__init__(
             stage=stage,
@@ -85,14 +107,17 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
             offload_parameters=offload_parameters is not None,
             offload_params_device=offload_parameters or "cpu",
             remote_device=offload_parameters,
-            nvme_path=nvme_path,
+            nvme_path=self.nvme_path,
             overlap_comm=overlap,
             reduce_bucket_size=bucket_mb * _MB // 4,
             allgather_bucket_size=bucket_mb * _MB // 4,
+            max_in_cpu=0,
+            sub_group_size=bucket_mb * _MB // 4 if offload_optimizer == "nvme" else _WHOLE,
         )
         assert isinstance(self.config, dict)  # noqa: S101  made by Lightning from these
         self.config["zero_force_ds_cpu_optimizer"] = False  # torch's own fused optimizers are as fast on CPUs
-        self.stage, self.on_nvme = stage, "nvme" in (offload_optimizer, offload_parameters)
+        self.stage = stage
+        self._copies: dict[Tensor, Tensor] = {}  # of what lies in files, for pieces
         self._dropping = False
         self._configured: Any = None
 
@@ -102,6 +127,7 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         """Join the other processes."""
         if self.on_nvme:
             prepare(["async_io"], self.root_device.type == "cuda")
+            self._folder = SwapFolder(self.nvme_path)
         super(DeepSpeedStrategy, self).setup_environment()
 
     def setup_distributed(self) -> None:
@@ -121,6 +147,8 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
     def setup(self, trainer: Trainer) -> None:
         """Divide the model; see to what DeepSpeed does not."""
         assert self.lightning_module is not None  # noqa: S101
+        if self.on_nvme:
+            self._offload_into_folder(self.lightning_module)
         if self.initial is not None:
             if trainer.state.fn == TrainerFn.FITTING:  # now, while parameters have their shapes: groups go by them
                 self._configured = super()._init_optimizers()
@@ -135,6 +163,21 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
             if self.zero.cpu_offload if self.stage < 3 else self.zero.offload_optimizer:
                 _fuse(self.zero.optimizer)
             self.zero.step = self._step(self.zero.step)
+        self._check_files()
+
+    def _offload_into_folder(self, module: LightningModule) -> None:
+        """Tell DeepSpeed where to, and make its buffers as large as the model's weights need."""
+        assert isinstance(self.config, dict)  # noqa: S101
+        options = self.config["zero_optimization"]
+        for part in ("offload_optimizer", "offload_param"):
+            options.get(part, {}).update(nvme_path=self._folder.path)
+        options.get("offload_param", {}).update(buffers_for(module, self.world_size))
+
+    def _check_files(self) -> None:
+        """See whether all that was offloaded is in its files: DeepSpeed does not look."""
+        if self.on_nvme:
+            assert self.lightning_module is not None  # noqa: S101
+            check_files(self.zero if self.optimizers else None, self.lightning_module.parameters())
 
     def _init_optimizers(self) -> Any:
         configured, self._configured = self._configured, None
@@ -146,6 +189,7 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
 
         assert self.initial is not None  # noqa: S101  who builds on the meta device knows the values
         self._init_config_if_needed()
+        swapper = None  # one for all weights: making another empties the folder
         dtype = _DTYPES.get(str(self.precision_plugin.precision), torch.float32)
         for part in module.modules():
             for parameter in part.parameters(recurse=False):
@@ -158,7 +202,12 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
                 if buffer is not None:
                     part._buffers[name] = self.initial(buffer)
             if not list(part.children()):
-                deepspeed.zero.Init(module=part, config_dict_or_path=self.config, remote_device=self.remote_device)
+                swapper = deepspeed.zero.Init(
+                    module=part,
+                    config_dict_or_path=self.config,
+                    remote_device=self.remote_device,
+                    param_swapper=swapper,
+                ).param_swapper
 
     def _share_norms(self) -> None:
         """Let optimizers that look at whole parameters (LAMB, LARS) know what their flat partitions hold."""
@@ -169,8 +218,9 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
 
         numbers = {name: number for number, name in enumerate(self.parameter_names().values())}
         segments: dict[Tensor, list[Segment]] = {flat: [] for flat in self._flats()}
-        for fragment in self._fragments():
-            segments[fragment.flat].append(Segment(fragment.at, fragment.at + fragment.size, numbers[fragment.name]))
+        for number, flat in enumerate(self._flats()):
+            for part in self._fragments(number):
+                segments[flat].append(Segment(part.at, part.at + part.size, numbers[part.name]))
 
         def reduce(values: Tensor) -> Tensor:
             total = values.to(self.root_device)
@@ -198,15 +248,25 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         """Return the parameters that each flat partition holds something of, on this rank or another."""
         return self.zero.fp16_groups if self.stage == 3 else self.zero.bit16_groups
 
-    def _fragments(self) -> Iterator[_Fragment]:
+    def _fragments(self, number: int) -> Iterator[_Fragment]:
+        """Yield what a flat partition is made of."""
         names = self.parameter_names()
-        for flat, parameters in zip(self._flats(), self._parameters_of_flats(), strict=True):
-            parameter: Any
-            for parameter in parameters:
-                place = self._place_3(parameter) if self.stage == 3 else self._place(parameter)
-                if place is not None:
-                    shape = tuple(parameter.ds_shape if self.stage == 3 else parameter.shape)
-                    yield _Fragment(names[id(parameter)], shape, place[0], flat, *place[1:])
+        parameter: Any
+        for parameter in self._parameters_of_flats()[number]:
+            place = self._place_3(parameter) if self.stage == 3 else self._place(parameter)
+            if place is not None:
+                shape = tuple(parameter.ds_shape if self.stage == 3 else parameter.shape)
+                yield _Fragment(names[id(parameter)], shape, *place)
+
+    def _master(self, number: int) -> Tensor:
+        """Return a flat partition, or a copy of one that lies in a file, for :meth:`weights_changed` to write back."""
+        flat = self._flats()[number]
+        if not is_swapped(self.zero, number):
+            return flat
+        if flat not in self._copies:
+            with group_in_memory(self.zero, number):
+                self._copies[flat] = flat.detach().clone()
+        return self._copies[flat]
 
     def _place(self, parameter: Any) -> tuple[int, int, int] | None:
         """Return which elements this rank holds (first, position in the flat partition, number), stages 1 and 2."""
@@ -226,10 +286,17 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         assert self.lightning_module is not None  # noqa: S101
         if not self.optimizers:
             return [self._untrained(f"model/{name}", p) for name, p in self.lightning_module.named_parameters()]
-        masters = [fragment.piece(f"model/{fragment.name}", fragment.flat) for fragment in self._fragments()]
-        trained = {id(p) for parameters in self._parameters_of_flats() for p in parameters}
+        masters = [
+            fragment.piece(f"model/{fragment.name}", self._master(number))
+            for number in range(len(self._flats()))
+            for fragment in self._fragments(number)
+        ]
+        trained = {id(p) for p in self._trained()}
         frozen = [(name, p) for name, p in self.lightning_module.named_parameters() if id(p) not in trained]
         return [*masters, *(self._untrained(f"model/{name}", p) for name, p in frozen)]
+
+    def _trained(self) -> Iterator[nn.Parameter]:
+        return chain.from_iterable(self._parameters_of_flats())
 
     def _untrained(self, name: str, parameter: Any) -> Piece:
         if not hasattr(parameter, "ds_tensor"):
@@ -237,10 +304,22 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         padded = parameter.ds_tensor.ds_numel
         start = min(padded * self.global_rank, parameter.ds_numel)
         size = min(padded, parameter.ds_numel - start)
-        return Piece(name, tuple(parameter.ds_shape), start, parameter.ds_tensor.data.view(-1).narrow(0, 0, size))
+        share = self._share(parameter).data.view(-1).narrow(0, 0, size)
+        return Piece(name, tuple(parameter.ds_shape), start, share)
+
+    def _share(self, parameter: Any) -> Tensor:
+        """Return what this rank holds of a weight that is not trained, or a copy of it if it lies in a file."""
+        if not lies_in_file(parameter):
+            return parameter.ds_tensor
+        if parameter not in self._copies:
+            with weight_in_memory(parameter) as share:
+                self._copies[parameter] = share.detach().clone()
+        return self._copies[parameter]
 
     def weights_changed(self) -> None:
         """Copy the masters into the model's weights, and gather these."""
+        if self.stage == 3:
+            self._write_shares()
         if not self.optimizers:
             return
         zero = self.zero
@@ -248,10 +327,39 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
             zero.update_lp_params()
             return
         zero._partition_all_parameters()
-        for number in range(len(self._flats())):
-            zero._reassign_or_swap_out_partitioned_parameters(number)
+        release_weights(self._trained())
+        for number, flat in enumerate(self._flats()):
+            copy = self._copies.pop(flat, None)
+            with group_in_memory(zero, number, write=copy is not None):
+                if copy is not None:
+                    flat.data.copy_(copy)
+                zero._reassign_or_swap_out_partitioned_parameters(number)
+        self._check_files()
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    # -- accumulation ------------------------------------------------------------------------------------------
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the backward pass on a loss that Lightning has divided by the number of micro-batches: once is enough."""
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """Step after the last micro-batch; the others are only counted, and no hook takes them for a step."""
+        if self.deepspeed_engine.is_gradient_accumulation_boundary():
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
+        result = closure()
+        self.deepspeed_engine.step()
+        return result
+
+    def _write_shares(self) -> None:
+        """Write copies of weights that are not trained back."""
+        assert self.lightning_module is not None  # noqa: S101
+        for parameter in self.lightning_module.parameters():
+            copy = self._copies.pop(parameter, None)
+            if copy is not None:
+                with weight_in_memory(parameter, write=True) as share:
+                    share.copy_(copy)
 
     # -- gradients ---------------------------------------------------------------------------------------------
 
@@ -272,13 +380,17 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         """Return DeepSpeed's step, which drops gradients as it does itself when they overflow."""
 
         def stepped() -> None:
+            self._copies.clear()
             if not self._dropping:
                 step()
+                self._check_files()
                 return
             self._dropping = False
             zero = self.zero
             zero.overflow = True
             if self.stage == 3:
+                if zero.swap_optimizer:
+                    zero.optimizer_swapper.flush_gradients()
                 zero._pre_step()
                 zero._partition_all_parameters()
                 zero._overflow_clean_up(zero.loss_scale)
@@ -311,12 +423,25 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
 
     def optimizer_pieces(self) -> list[Piece]:
         """Return what this rank holds of the optimizer's state."""
-        return [
-            fragment.piece(f"optimizer0/{fragment.name}/{key}", value)
-            for fragment in self._fragments()
-            for key, value in self.zero.optimizer.state.get(fragment.flat, {}).items()
-            if is_piece(value)
-        ]
+        found = []
+        for number, flat in enumerate(self._flats()):
+            with group_in_memory(self.zero, number):
+                state = {
+                    key: value for key, value in self.zero.optimizer.state.get(flat, {}).items() if is_piece(value)
+                }
+                if is_swapped(self.zero, number):
+                    state = {key: value.clone() for key, value in state.items()}
+            found += [
+                fragment.piece(f"optimizer0/{fragment.name}/{key}", value)
+                for fragment in self._fragments(number)
+                for key, value in state.items()
+            ]
+        return found
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Keep what Lightning wants to save; the pieces are copied by now."""
+        self._copies.clear()
+        super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def optimizer_settings(self) -> list[dict[str, Any]]:
         """Return the optimizer's class, groups and numbers, as if it worked on the model's parameters."""
@@ -355,16 +480,25 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
             base.param_groups, merged_groups(reader, base, settings, self._names_of_groups()), strict=True
         ):
             group.update({key: value for key, value in merged.items() if key != "params"})
-        for flat, parameters in zip(self._flats(), self._parameters_of_flats(), strict=True):
+        if self.stage == 3 and self.zero.swap_optimizer:
+            self.zero.optimizer_swapper.purge_state()  # files of a state that is replaced
+        for number, (flat, parameters) in enumerate(zip(self._flats(), self._parameters_of_flats(), strict=True)):
             held = [names[id(p)] for p in parameters]
-            keys = {key.rpartition("/")[2] for name in held for key in reader.names_of(f"optimizer0/{name}/")}
-            base.state[flat] = {key: torch.zeros_like(flat) for key in sorted(keys)}
-            for numbers in (settings["numbers"].get(name) for name in held[:1]):
-                base.state[flat].update(_as_kept_by(base, numbers or {}))
-        for fragment in self._fragments():
-            for key, value in base.state[fragment.flat].items():
-                if is_piece(value):
-                    reader.fill(fragment.piece(f"optimizer0/{fragment.name}/{key}", value))
+            with group_in_memory(self.zero, number, write=True):
+                base.state[flat] = self._read_state(reader, number, held)
+                for numbers in (settings["numbers"].get(name) for name in held[:1]):
+                    base.state[flat].update(_as_kept_by(base, numbers or {}))
+        self._check_files()
+
+    def _read_state(self, reader: TensorReader, number: int, held: list[str]) -> dict[str, Any]:
+        """Return the state of a flat partition, which holds something of these parameters."""
+        flat = self._flats()[number]
+        keys = {key.rpartition("/")[2] for name in held for key in reader.names_of(f"optimizer0/{name}/")}
+        state = {key: torch.zeros_like(flat) for key in sorted(keys)}
+        for fragment in self._fragments(number):
+            for key, value in state.items():
+                reader.fill(fragment.piece(f"optimizer0/{fragment.name}/{key}", value))
+        return state
 
 
 def _fuse(optimizer: torch.optim.Optimizer) -> None:
