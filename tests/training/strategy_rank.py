@@ -26,6 +26,7 @@ from paperscale.training.callbacks import StreamPosition
 from paperscale.training.checkpoint import CheckpointOptions
 from paperscale.training.checkpointing import Checkpointing
 from paperscale.training.deferred import construct
+from paperscale.training.ema import EMA, EMAOptions
 from paperscale.training.initial import InitialWeights
 from paperscale.training.interruption import take_over_signals
 from paperscale.training.quiet import quiet_libraries
@@ -48,6 +49,9 @@ class Training:
         drop: the optimizer step that is dropped.
         options: of the checkpoints.
         width: of the network.
+        lr: its learning rate.
+        frozen: a part of it that is not trained.
+        decay: of the averages of its weights.
         memory: tell how much memory it takes, and do not train.
         initial: checkpoint to begin with the weights of.
     """
@@ -63,6 +67,9 @@ class Training:
     drop: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
     width: int = 9
+    lr: float = 0.01
+    frozen: str | None = None
+    decay: float | None = None
     memory: bool = False
     initial: str | None = None
 
@@ -108,6 +115,13 @@ class Memory(Callback):
         os._exit(0)
 
 
+def network(job: Training) -> Small:
+    model = Small(job.width, job.lr)
+    if job.frozen:
+        model.get_submodule(job.frozen).requires_grad_(False)
+    return model
+
+
 def train(job: Training, store: Any, world_size: int) -> dict[str, list[float]]:
     """Train; return losses and norms."""
     torch.manual_seed(1)
@@ -121,6 +135,7 @@ def train(job: Training, store: Any, world_size: int) -> dict[str, list[float]]:
     resume = Path(job.resume) if job.resume else None
     saving = Checkpointing(folder, CheckpointOptions(every_n_steps=5, **job.options), resume, store=store)
     initial = [InitialWeights(Path(job.initial), None)] if job.initial else []
+    averages = [EMA(EMAOptions(job.decay), resume)] if job.decay else []
     trainer = Trainer(
         accelerator="cpu",
         devices=world_size,
@@ -130,7 +145,7 @@ def train(job: Training, store: Any, world_size: int) -> dict[str, list[float]]:
         max_steps=job.steps,
         max_epochs=-1,
         plugins=[JobEnvironment()],
-        callbacks=[*initial, losses, StreamPosition(), saving, *([Memory()] if job.memory else [])],
+        callbacks=[*initial, losses, StreamPosition(), *averages, saving, *([Memory()] if job.memory else [])],
         accumulate_grad_batches=data.accumulate(world_size),
         logger=False,
         enable_progress_bar=False,
@@ -139,12 +154,12 @@ def train(job: Training, store: Any, world_size: int) -> dict[str, list[float]]:
         limit_val_batches=0,
     )
     take_over_signals(trainer)
-    model, initialisation = construct(lambda: Small(job.width))
+    model, initialisation = construct(lambda: network(job))
     if "parameters" in sharding(job.strategy if isinstance(job.strategy, str) else "ddp").divided:
         trainer.strategy.initial = initialisation.value
     else:
         torch.manual_seed(1)
-        model = Small(job.width)
+        model = network(job)
     trainer.fit(model, datamodule=data, ckpt_path=resume and resume / "state.pt", weights_only=True)
     return {"losses": losses.values, "norms": losses.norms}
 

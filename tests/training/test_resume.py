@@ -59,14 +59,24 @@ def at_step(step: int, name: str = "SIGTERM") -> str:
     return f"trainer.callbacks+={{class_path: helpers.SignalAt, init_args: {{step: {step}, signal: {name}}}}}"
 
 
+_whole: list[Run] = []
+
+
 @pytest.fixture
 def whole(runs, tiny_recipe) -> Run:
-    run = new_run("whole", tiny_recipe)
-    assert attempt(run) == FINISHED
-    return run
+    """The uninterrupted run, trained once for all tests, which do not change it."""
+    if not _whole:
+        run = new_run("whole", tiny_recipe)
+        assert attempt(run) == FINISHED
+        _whole.append(run)
+    return _whole[0]
 
 
-@pytest.mark.parametrize("step", [1, 2, 5, 7, 8, 9, 15, 16, 17, 23])
+STEPS = [1, pytest.param(2, marks=pytest.mark.slow), 5, pytest.param(7, marks=pytest.mark.slow), 8, 9]
+LATER = [15, 16, 17, 23]
+
+
+@pytest.mark.parametrize("step", [*STEPS, *(pytest.param(step, marks=pytest.mark.slow) for step in LATER)])
 def test_bit_identical_after_an_interruption_at_any_step(whole, tiny_recipe, step):
     """The run has three epochs of eight steps: 8 and 16 are an epoch's last, 9 and 17 the next one's first."""
     run = new_run(f"cut-{step}", tiny_recipe, at_step(step))

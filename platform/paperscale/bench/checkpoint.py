@@ -211,10 +211,10 @@ def markdown(results: Results) -> str:
         "Tensors of a model's sizes, filled with random numbers, are trained by one process that computes with all "
         "cores and lets a real optimizer pass over them. In a round each way trains once, in turns and in the same "
         f"process, and writes two checkpoints; figures are `median [least..most]` of {results.rounds} rounds, ratios "
-        "are taken within a round. The stall is what the training waits for the second checkpoint; the first one "
-        "takes its memory from the system besides. `Steps meanwhile` are those until the checkpoint is written, as a "
-        "multiple of a step without: the writing takes cores and memory bandwidth from them. Memory is that by which "
-        "the process grows for its checkpoints.",
+        "are taken within a round. The stall is what the training waits for the second checkpoint. The first one needs "
+        "memory of the system besides, which Paperscale lets a thread ask for beforehand. `Steps meanwhile` are those "
+        "until the checkpoint is written, as a multiple of a step without: the writing takes cores and memory "
+        "bandwidth from them. Memory is that by which the process grows for its checkpoints.",
     ]
     for case in results.cases:
         heading, *rows = _lines(case)
@@ -223,8 +223,8 @@ def markdown(results: Results) -> str:
     parts += [
         _goal(results),
         "The ways differ in what is there afterwards, too. Paperscale waits until the disk has every file, hashes it, "
-        "and gives the checkpoint its name only then. Lightning has handed one file to the system, which may still "
-        "lose it, and can leave half of one under the name. `async_save` is durable, and hashes nothing.",
+        "and gives the checkpoint its name only then. Lightning hands one file to the system, under its name once it "
+        "is whole, and neither waits for the disk nor hashes it. `async_save` waits for the disk and hashes nothing.",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -56,6 +56,7 @@ class EMA(Callback):
     def __init__(self, options: EMAOptions, resume: Path | None = None):
         self.options, self.resume = options, resume
         self.updates = 0
+        self._strategy: Any = None
         self._weights: list[Piece] = []
         self._averages: list[Tensor] = []
         self._kept: list[Tensor] | None = None
@@ -79,8 +80,8 @@ class EMA(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make room for the averages: the strategy has divided the model."""
-        strategy: Any = trainer.strategy
-        self._weights = strategy.parameter_pieces()
+        self._strategy = trainer.strategy
+        self._weights = self._strategy.parameter_pieces()
         self._averages = [_float32(weight.tensor, copy=True) for weight in self._weights]
         self._begun = False
 
@@ -90,7 +91,7 @@ class EMA(Callback):
             return
         self._begun, self._step = True, trainer.global_step
         if not self._loaded:
-            for average, weight in zip(self._averages, self._weights, strict=True):
+            for average, weight in zip(self._averages, self._present(), strict=True):
                 average.copy_(weight.tensor)
 
     def on_train_batch_end(
@@ -110,19 +111,19 @@ class EMA(Callback):
             decay = min(decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         if self._averages:
-            weights = [_float32(weight.tensor) for weight in self._weights]
+            weights = [_float32(weight.tensor) for weight in self._present()]
             torch._foreach_lerp_(self._averages, weights, 1 - decay)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the averages, once there are any."""
         if self.options.evaluate and self._begun and trainer.state.fn == "fit":
-            self._kept = [weight.tensor.detach().clone() for weight in self._weights]
-            self._put(trainer, self._averages)
+            self._kept = [weight.tensor.detach().clone() for weight in self._present()]
+            self._put(self._averages)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on with the very weights that were there before."""
         if self._kept is not None:
-            self._put(trainer, self._kept)
+            self._put(self._kept)
             self._kept = None
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -139,15 +140,20 @@ class EMA(Callback):
     def finish(self, trainer: Trainer) -> None:
         """Leave the averages in the model: it is trained."""
         if self.options.evaluate and self._begun:
-            self._put(trainer, self._averages)
+            self._put(self._averages)
 
     @torch.no_grad()
-    def _put(self, trainer: Trainer, values: list[Tensor]) -> None:
+    def _put(self, values: list[Tensor]) -> None:
         """Give the model other weights. Called on all ranks."""
-        strategy: Any = trainer.strategy
-        for weight, value in zip(self._weights, values, strict=True):
+        for weight, value in zip(self._present(), values, strict=True):
             weight.fill(value)
-        strategy.weights_changed()
+        self._strategy.weights_changed()
+
+    def _present(self) -> list[Piece]:
+        """Return what this rank holds of the weights now."""
+        if not self._strategy.keeps_pieces:
+            self._weights = self._strategy.parameter_pieces()
+        return self._weights
 
 
 class EMAEnd(Checkpoint):

@@ -21,6 +21,8 @@ from paperscale.errors import UserError
 
 _PREFIX = "paperscale-swap-"
 _AHEAD = 4  # weights
+_SMALLEST = 1 << 20  # bytes of a file; DeepSpeed keeps what is smaller in memory
+_MORE_ROOM = "free some, use more nodes, or name a larger disk in PAPERSCALE_NVME, or in nvme_path of ZeroStrategy"
 
 
 class SwapFolder:
@@ -57,6 +59,22 @@ class SwapFolder:
         """Return the folder."""
         return self._folder.name
 
+    def require(self, size: int) -> None:
+        """Check the room, before any process of this machine uses it.
+
+        Args:
+            size: bytes that they will write at least.
+
+        Raises:
+            UserError: there is less.
+        """
+        free = shutil.disk_usage(self.path).free
+        if free < size:
+            raise UserError(
+                f"nvme_path: {Path(self.path).parent} has {free / 1e9:.2f} GB free, and {size / 1e9:.2f} or more are "
+                f"offloaded to it; {_MORE_ROOM}"
+            )
+
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
@@ -88,9 +106,19 @@ def buffers_for(module: nn.Module, world_size: int) -> dict[str, int]:
 
     A module needs all of its weights at once, and a few are read ahead.
     """
-    sizes = [getattr(p, "ds_numel", p.numel()) for p in module.parameters()]
     together = max(len(part._parameters) for part in module.modules())
-    return {"buffer_size": -(-max(sizes, default=1) // world_size), "buffer_count": together + _AHEAD}
+    sizes = (_share(p, world_size) for p in module.parameters())
+    return {"buffer_size": max(sizes, default=1), "buffer_count": together + _AHEAD}
+
+
+def offloaded(parameters: Iterable[Any], world_size: int, element_bytes: int) -> int:
+    """Return the bytes of a process's shares that are large enough for a file, at so many bytes for an element."""
+    sizes = (_share(p, world_size) * element_bytes for p in parameters)
+    return sum(size for size in sizes if size >= _SMALLEST)
+
+
+def _share(parameter: Any, world_size: int) -> int:
+    return -(-getattr(parameter, "ds_numel", parameter.numel()) // world_size)
 
 
 def check_files(zero: Any, parameters: Iterable[Any]) -> None:
@@ -113,10 +141,7 @@ def check_files(zero: Any, parameters: Iterable[Any]) -> None:
     for name, size in sizes.items():
         found = path.stat().st_size if (path := Path(name)).exists() else 0
         if found < size:
-            raise UserError(
-                f"nvme_path: {path} has {found:,} of {size:,} bytes, the disk is full; free some of it, use more "
-                "nodes, or name a larger one in PAPERSCALE_NVME, or in nvme_path of ZeroStrategy"
-            )
+            raise UserError(f"nvme_path: {path} has {found:,} of {size:,} bytes, the disk is full; {_MORE_ROOM}")
 
 
 def is_swapped(zero: Any, number: int) -> bool:

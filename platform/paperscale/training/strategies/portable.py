@@ -34,6 +34,8 @@ class PortableStrategy(Strategy):
     """
 
     captured: dict[str, Any] | None = None
+    keeps_pieces = True
+    """Whether pieces show the weights also after further steps; else they are copies, to be asked for anew."""
     initial: Callable[[Tensor], Tensor] | None = None
     """Returns the content of a tensor of a model that was constructed without it (:mod:`..deferred`)."""
 

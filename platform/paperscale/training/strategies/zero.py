@@ -28,6 +28,7 @@ from paperscale.training.strategies.nvme import (
     group_in_memory,
     is_swapped,
     lies_in_file,
+    offloaded,
     release_weights,
     weight_in_memory,
 )
@@ -117,6 +118,7 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         assert isinstance(self.config, dict)  # noqa: S101  made by Lightning from these
         self.config["zero_force_ds_cpu_optimizer"] = False  # torch's own fused optimizers are as fast on CPUs
         self.stage = stage
+        self.keeps_pieces = not self.on_nvme
         self._copies: dict[Tensor, Tensor] = {}  # of what lies in files, for pieces
         self._dropping = False
         self._configured: Any = None
@@ -148,7 +150,9 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         """Divide the model; see to what DeepSpeed does not."""
         assert self.lightning_module is not None  # noqa: S101
         if self.on_nvme:
-            self._offload_into_folder(self.lightning_module)
+            self._offload_into_folder(self.lightning_module, trainer.state.fn == TrainerFn.FITTING)
+            if not any(hasattr(p, "ds_id") for p in self.lightning_module.parameters()):
+                self.initial = self.initial or _itself  # on CPUs, DeepSpeed would divide a whole model as bfloat16
         if self.initial is not None:
             if trainer.state.fn == TrainerFn.FITTING:  # now, while parameters have their shapes: groups go by them
                 self._configured = super()._init_optimizers()
@@ -165,13 +169,21 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
             self.zero.step = self._step(self.zero.step)
         self._check_files()
 
-    def _offload_into_folder(self, module: LightningModule) -> None:
-        """Tell DeepSpeed where to, and make its buffers as large as the model's weights need."""
+    def _offload_into_folder(self, module: LightningModule, trains: bool) -> None:
+        """Tell DeepSpeed where to, see whether there is room, and let its buffers hold the model's weights."""
         assert isinstance(self.config, dict)  # noqa: S101
         options = self.config["zero_optimization"]
         for part in ("offload_optimizer", "offload_param"):
             options.get(part, {}).update(nvme_path=self._folder.path)
         options.get("offload_param", {}).update(buffers_for(module, self.world_size))
+        trained = [p for p in module.parameters() if p.requires_grad and trains]
+        size = 0
+        if options.get("offload_param", {}).get("device") == "nvme":
+            size += offloaded(module.parameters(), self.world_size, self._dtype.itemsize)
+        if options.get("offload_optimizer", {}).get("device") == "nvme":
+            size += 2 * offloaded(trained, self.world_size, 4)  # masters and gradients, whatever the optimizer
+        self._folder.require(size * self.num_processes)
+        self.barrier()
 
     def _check_files(self) -> None:
         """See whether all that was offloaded is in its files: DeepSpeed does not look."""
@@ -183,6 +195,11 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         configured, self._configured = self._configured, None
         return configured or super()._init_optimizers()
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Return the type of the model's own weights."""
+        return _DTYPES.get(str(self.precision_plugin.precision), torch.float32)
+
     def _materialise(self, module: LightningModule) -> None:
         """Give weights their values, one module at a time, and divide them at once."""
         import deepspeed
@@ -190,10 +207,9 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         assert self.initial is not None  # noqa: S101  who builds on the meta device knows the values
         self._init_config_if_needed()
         swapper = None  # one for all weights: making another empties the folder
-        dtype = _DTYPES.get(str(self.precision_plugin.precision), torch.float32)
         for part in module.modules():
             for parameter in part.parameters(recurse=False):
-                value = self.initial(parameter).to(dtype)
+                value = self.initial(parameter).detach().to(self._dtype)
                 if parameter.is_meta:  # the optimizer holds this very object
                     swap_tensors(parameter, nn.Parameter(value, parameter.requires_grad))
                 else:
@@ -499,6 +515,10 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
             for key, value in state.items():
                 reader.fill(fragment.piece(f"optimizer0/{fragment.name}/{key}", value))
         return state
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _fuse(optimizer: torch.optim.Optimizer) -> None:
