@@ -181,6 +181,7 @@ def test_padding_of_a_flat_partition_is_left_alone(make):
     assert flat[29:].tolist() == [7.0] * 4
 
 
+@pytest.mark.slow
 def test_layers_that_are_divided_over_ranks_take_the_step_of_whole_ones():
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]

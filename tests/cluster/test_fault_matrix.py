@@ -59,6 +59,7 @@ def node_of(run: Run, node: int = 0) -> str:
     return str(run.attempts()[-1].nodes()[node]["host"])
 
 
+@pytest.mark.slow
 def test_a_rank_is_killed(submit, whole):
     """`kill -9`: named, and training goes on from the newest checkpoint."""
     run = submit("kill-rank", NO_WANDB, callbacks=(SLOWLY,))

@@ -226,6 +226,7 @@ def test_a_slow_rank_is_named(start):
     assert f"rank 1 on {os.uname().nodename} is slow" in one.log.read_text()
 
 
+@pytest.mark.slow
 def test_a_stale_lock_of_a_build_does_not_hang_the_job(start, tmp_path):
     lock = tmp_path / "extensions" / "fused_adam" / "lock"
     lock.parent.mkdir(parents=True)

@@ -81,6 +81,7 @@ def test_the_rank_that_failed_first_is_named(submit_tiny, own_shards, capsys):
     assert "--- attempt 1 failed first on rank 1 on " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_plain_log_in_evaluation_is_the_mean_over_all_samples(submit_tiny):
     """On three processes as on one."""
     values = []

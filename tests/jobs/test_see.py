@@ -288,6 +288,7 @@ def test_a_running_job_is_seen_saved_and_stopped(submit_tiny, capsys):
     assert not (run.path / "save").exists()
 
 
+@pytest.mark.slow
 def test_a_job_that_does_not_save_in_time_is_told(submit_tiny, capsys):
     run = submit_tiny("slow", "tracking.enabled=false", callbacks=(callback("Slowly", seconds=5),))
     wait_for(lambda: run.attempts() and run.attempts()[0].ranks(), 60, "the ranks")

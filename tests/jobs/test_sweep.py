@@ -265,6 +265,7 @@ def test_names_and_keys_that_cannot_be_are_refused(words, message, runs, tiny_re
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_recipes_put_together_are_those_that_would_be_parsed(tiny_recipe):
     """Fractions and seeds are parsed once for each value, integers and classes in every combination of theirs."""
     words = [str(tiny_recipe), *NO_WANDB]

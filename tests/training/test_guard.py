@@ -35,6 +35,7 @@ def is_finite(run: Run) -> bool:
     return all(bool(torch.isfinite(value).all()) for value in final_state(run).values())
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_ends_the_run_and_is_never_saved(runs, tiny_recipe, capfd):
     run = new_run("stop", tiny_recipe, poison(13))
     assert attempt(run) == USER_ERROR
@@ -174,6 +175,7 @@ def train(recipe: Path, *callbacks: Callback, **settings: Any) -> Trainer:
     return trainer
 
 
+@pytest.mark.slow
 def test_a_scale_of_fp16_that_settles_is_no_failure(tiny_recipe):
     """The scale begins far too high: the first gradients overflow, and the scaler skips those steps."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)

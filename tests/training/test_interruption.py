@@ -29,7 +29,7 @@ def stops(told: int, at: int, step_s: float) -> list[dict[str, Any]]:
     return [json.loads(rank.communicate(timeout=60)[0]) for rank in ranks]
 
 
-@pytest.mark.parametrize(("told", "at"), [(2, 31), (0, 300)])
+@pytest.mark.parametrize(("told", "at"), [(2, 31), pytest.param(0, 300, marks=pytest.mark.slow)])
 def test_all_ranks_stop_at_the_same_boundary_soon_after_one_was_told(told, at):
     found = stops(told, at, step_s=0.001)
     (boundary,) = {row["boundary"] for row in found}

@@ -14,6 +14,7 @@ from paperscale.errors import UserError
 from paperscale.training.lr_finder import steepest
 
 
+@pytest.mark.slow
 def test_the_rate_that_is_found_is_one_that_trains(tiny_recipe, runs, capsys, monkeypatch):
     """The recipe's own, chosen by hand, is 0.05."""
     monkeypatch.chdir(tiny_recipe.parent)

@@ -47,6 +47,7 @@ def start(*words: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.slow
 def test_zero_trains_on_cpus_without_compiling_anything(home):
     """All stages, and offload with torch's optimizer: equal losses on two real processes, and no operator."""
     with socket.create_server(("127.0.0.1", 0)) as probe:

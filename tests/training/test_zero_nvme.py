@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,18 @@ from torch.testing import assert_close as assert_tensors_close
 
 from paperscale.errors import UserError
 from paperscale.training import operators
+from paperscale.training.strategies.nvme import SwapFolder
 from test_strategies import assert_close, at, job, losses_and_norms, tensors, train  # noqa: F401  job is a fixture
 
-WIDTH = 720  # so large that halves of the matrices are worth a file to DeepSpeed, which is 1 MiB
+WIDTH = 725  # halves of the matrices are worth a file to DeepSpeed, which is 1 MiB, and fill no whole blocks
+
+_HOLD = """
+import time
+from paperscale.training.strategies.nvme import SwapFolder
+folder = SwapFolder({!r})
+print(folder.path, flush=True)
+time.sleep(60)
+"""
 
 
 @pytest.fixture
@@ -67,3 +78,45 @@ def test_state_on_a_disk_is_continued_without_and_the_reverse(tmp_path, wide, di
             for key, tensor in held.items():
                 assert_tensors_close(tensor, last[key], rtol=0.0, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
     assert not list(disk.iterdir()), "files end with their process"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_dropped_steps_and_16_bits_leave_the_disk_as_they_leave_memory(tmp_path, wide, disk):
+    split = {"stage": 3, "offload_optimizer": "nvme", "offload_parameters": "nvme", "bucket_mb": 1}
+    in_memory: Any = "deepspeed_zero3_offload"
+    on_disk: Any = {"class": "ZeroStrategy", "arguments": split}
+    kinds: list[dict[str, Any]] = [{"drop": 3, "clip": 4.0}, {"precision": "bf16-mixed"}]
+    jobs = [
+        wide(strategy, 8, f"{number}-{kind}", **settings)
+        for number, strategy in enumerate((in_memory, on_disk))
+        for kind, settings in enumerate(kinds)
+    ]
+    dropped, coarse, dropped_on_disk, coarse_on_disk = losses_and_norms(tmp_path, 2, jobs)
+    assert coarse == coarse_on_disk, "to the bit"
+    assert_close(dropped_on_disk["losses"], dropped["losses"])
+    assert_close(dropped_on_disk["norms"], dropped["norms"])
+
+
+def test_a_folder_ends_with_its_process_or_with_the_next_one(tmp_path):
+    killed = subprocess.Popen(
+        [sys.executable, "-c", _HOLD.format(str(tmp_path))], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert killed.stdout is not None
+    assert "\n" in killed.stdout.readline()
+    beside = SwapFolder(str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 2, "the other's process lives"
+    killed.kill()
+    killed.wait()
+    after = SwapFolder(str(tmp_path))
+    assert {str(path) for path in tmp_path.iterdir()} == {beside.path, after.path}
+
+
+def test_a_disk_that_does_not_serve_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    with pytest.raises(
+        UserError, match=r"^nvme_path=\$SCRATCH/none cannot .*: No such file.*; name a folder .* in PAPER"
+    ):
+        SwapFolder("$SCRATCH/none")
+    with pytest.raises(UserError, match=r"GB free, and .* or more are offloaded to it; free some, use more nodes"):
+        SwapFolder("$SCRATCH").require(1 << 60)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from paperscale.data.loader import OrderedLoader, Workers
@@ -41,6 +41,19 @@ class WebDatasetStream(ShardStream):
         at_least(1, steps_per_epoch=steps_per_epoch)
         super().__init__([], global_batch_size, val=val, test=test, **stream)
         self.name, self.pipeline, self.steps_per_epoch = pipeline, find(pipeline), steps_per_epoch
+
+    def pass_over(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Pass over nothing: the pipeline starts anew after an interruption, with other samples."""
+
+    def epoch_around(self, consumed: int) -> tuple[int, int]:
+        """Return the samples consumed at the beginning and at the end of the epoch that ``consumed`` is in."""
+        samples = self.steps_per_epoch * self.global_batch_size
+        first = consumed // samples * samples
+        return first, first + samples
+
+    def end_of_batch(self, start: int) -> int:
+        """Return the samples consumed at the end of the global batch that begins after ``start`` of them."""
+        return start + self.global_batch_size
 
     def _identity(self) -> dict[str, Any]:
         return {"seed": self.seed, "global_batch_size": self.global_batch_size}

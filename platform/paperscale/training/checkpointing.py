@@ -317,4 +317,4 @@ def _unreadable(state: Any) -> str:
 
 
 def _is_full(outcome: str) -> bool:
-    return os.strerror(errno.ENOSPC) in outcome or os.strerror(errno.EDQUOT) in outcome
+    return any(os.strerror(number) in outcome for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))

@@ -19,7 +19,12 @@ class StreamTrainer(Trainer):
         estimate = super().estimated_stepping_batches
         stream = getattr(self, "datamodule", None)
         whole = self.limit_train_batches == 1.0 and isinstance(self.limit_train_batches, float)
-        if not whole or not isinstance(stream, ShardStream) or self.max_epochs in (None, -1):
+        if (
+            not whole
+            or not isinstance(stream, ShardStream)
+            or not stream.epochs_differ
+            or self.max_epochs in (None, -1)
+        ):
             return estimate
         steps = stream.total_steps(max(self.max_epochs or 0, 1))
         if steps is None:

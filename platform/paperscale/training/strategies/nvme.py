@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from paperscale.errors import UserError
@@ -142,6 +143,28 @@ def check_files(zero: Any, parameters: Iterable[Any]) -> None:
         found = path.stat().st_size if (path := Path(name)).exists() else 0
         if found < size:
             raise UserError(f"nvme_path: {path} has {found:,} of {size:,} bytes, the disk is full; {_MORE_ROOM}")
+
+
+def read_gradients_rightly(swapper: Any) -> None:
+    """Let DeepSpeed read gradients also to where no block of the disk can be put: the kernel refuses, it does not look.
+
+    A gradient's place among those of its sub-group follows from the sizes of those before it.
+
+    Args:
+        swapper: of DeepSpeed's optimizer.
+    """
+
+    def read(aio_handle: Any, parameter: Any, gradient_tensor: Tensor) -> None:
+        parts = swapper.swap_params_info[parameter.ds_id].swapped_gradients.values()
+        read = [torch.empty(part.length, dtype=gradient_tensor.dtype) for part in parts]  # DeepSpeed aligns these
+        for part, tensor in zip(parts, read, strict=True):
+            aio_handle.async_pread(tensor, part.path, 0)
+        if aio_handle.wait() != len(read):
+            raise OSError(f"gradients cannot be read from {swapper.swap_folder}")
+        for part, tensor in zip(parts, read, strict=True):
+            gradient_tensor.narrow(0, part.offset, part.length).copy_(tensor)
+
+    swapper._swap_in_pinned_gradients = read
 
 
 def is_swapped(zero: Any, number: int) -> bool:

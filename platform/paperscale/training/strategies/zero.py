@@ -29,6 +29,7 @@ from paperscale.training.strategies.nvme import (
     is_swapped,
     lies_in_file,
     offloaded,
+    read_gradients_rightly,
     release_weights,
     weight_in_memory,
 )
@@ -122,6 +123,7 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         self._copies: dict[Tensor, Tensor] = {}  # of what lies in files, for pieces
         self._dropping = False
         self._configured: Any = None
+        self._folder: Any = None
 
     # -- DeepSpeed on CPUs: what Lightning admits on CUDA alone ------------------------------------------------
 
@@ -129,7 +131,7 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         """Join the other processes."""
         if self.on_nvme:
             prepare(["async_io"], self.root_device.type == "cuda")
-            self._folder = SwapFolder(self.nvme_path)
+            self._folder = self._folder or SwapFolder(self.nvme_path)  # a test after the training reads its weights
         super(DeepSpeedStrategy, self).setup_environment()
 
     def setup_distributed(self) -> None:
@@ -164,6 +166,8 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         self.initial = None
         if self.optimizers:
             self._share_norms()
+            if self.on_nvme and self.zero.swap_optimizer:
+                read_gradients_rightly(self.zero.optimizer_swapper)
             if self.zero.cpu_offload if self.stage < 3 else self.zero.offload_optimizer:
                 _fuse(self.zero.optimizer)
             self.zero.step = self._step(self.zero.step)
@@ -190,6 +194,14 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         if self.on_nvme:
             assert self.lightning_module is not None  # noqa: S101
             check_files(self.zero if self.optimizers else None, self.lightning_module.parameters())
+
+    def teardown(self) -> None:
+        """Give the device back; a failed setup may have left weights without values, which cannot be moved."""
+        module = self.lightning_module
+        if module is not None and any(p.is_meta for p in module.parameters()):
+            self._lightning_module = None
+        super().teardown()
+        self._lightning_module = module
 
     def _init_optimizers(self) -> Any:
         configured, self._configured = self._configured, None
