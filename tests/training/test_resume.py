@@ -24,7 +24,7 @@ from paperscale.jobs.worker import main as work
 from paperscale.papers.resnet import ResNetClassifier
 from paperscale.recipes import RecipeArguments
 from paperscale.training import signals
-from paperscale.training.checkpoint import newest_verified
+from paperscale.training.checkpoint import newest_verified, verify
 from paperscale.training.interruption import take_over_signals
 
 
@@ -256,3 +256,13 @@ def test_a_disk_that_is_full_to_the_last_byte(tiny_recipe, small_disk, capfd, mo
     err = capfd.readouterr().err
     assert "No space left on device; free space there and run it again" in err
     assert "Traceback" not in err
+
+
+def test_a_validation_inside_an_epoch_says_which_checkpoint_is_best(runs, tiny_recipe):
+    """The checkpoint of its step is written before it: the metric is added."""
+    words = ["trainer.val_check_interval=4", "trainer.max_epochs=1", "checkpoint.every_n_steps=4"]
+    run = new_run("inside", tiny_recipe, *words, "checkpoint.monitor=val/accuracy", "checkpoint.keep_best=2")
+    assert attempt(run) == FINISHED
+    metrics = {path.name: verify(path).metrics.get("val/accuracy") for path in run.checkpoints.glob("step-*")}
+    logged = {row["step"] + 1: row["val/accuracy"] for row in rows(run) if "val/accuracy" in row}
+    assert metrics == {f"step-{step:08d}": logged[step] for step in (4, 8)}

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from paperscale.training.strategies.batchnorm import normalise_in_32_bits
 from paperscale.training.tensorfile import TensorReader
 
 ALL = ("ddp", "fsdp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
@@ -172,3 +173,15 @@ def test_no_process_holds_a_divided_model_wholly(tmp_path, job):
         found = json.loads(next(line for line in said.splitlines() if line.startswith('{"weights"')))
         assert found["weights"] > 480
         assert found["grown"] < 0.5 * found["weights"] + 2 * 122 + 40, found  # MiB: the largest tensor has 122
+
+
+@pytest.mark.parametrize("batches", [True, False])
+def test_batch_normalisation_in_32_bits_is_torchs_own(batches):
+    torch.manual_seed(0)
+    own, other = (torch.nn.BatchNorm2d(3, momentum=None if batches else 0.1).train(batches) for _ in range(2))
+    normalise_in_32_bits(other)
+    for _ in range(2):
+        image = torch.randn(4, 3, 5, 5)
+        torch.testing.assert_close(other(image), own(image), rtol=0, atol=0)
+    assert all(torch.equal(a, b) for a, b in zip(own.buffers(), other.buffers(), strict=True))
+    assert other.bfloat16()(image.bfloat16()).dtype is torch.bfloat16

@@ -286,7 +286,10 @@ def lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if facts["state"] in ("failed", "stopped", "cancelled"):
         first = "once that is mended, " if facts["state"] == "failed" else ""
         where = f"from {facts['checkpoint']}" if facts["checkpoint"] else "at the start"
-        yield "next", f"{first}`paperscale resume {facts['run']}` continues {where}"
+        if facts["damaged"] and not facts["checkpoint"]:
+            yield "next", "no checkpoint is whole: restore one from a copy, or empty the folder to begin anew"
+        else:
+            yield "next", f"{first}`paperscale resume {facts['run']}` continues {where}"
     for name, value in facts["results"].items():
         yield name, f"{value:.4f}"
     yield "W&B", f"{facts['wandb']['id']}, {facts['wandb']['mode']}"

@@ -371,7 +371,11 @@ class Worker:
                 is_current=self.is_current,
                 is_healthy=self.guard.is_healthy,
                 say=self.say,
-                facts={"run": self.info.name, "wandb_id": self.info.wandb_id},
+                facts={
+                    "run": self.info.name,
+                    "wandb_id": self.info.wandb_id,
+                    "strategy": sharding(cli.config.trainer.strategy, self.world_size).name,
+                },
                 recipe=self.run.recipe.read_text(),
             ),
             *map(EMAEnd, ema),

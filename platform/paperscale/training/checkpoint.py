@@ -30,6 +30,7 @@ from hashlib import sha256 as new_sha256
 from pathlib import Path
 from typing import Any, Literal
 
+from paperscale.atomic import write_atomically
 from paperscale.data.index import sha256
 from paperscale.errors import UserError
 
@@ -193,6 +194,14 @@ def publish(partial: Path, final: Path, files: dict[str, dict[str, Any]], facts:
             remove(final)
     partial.rename(final)
     fsync_folder(final.parent)
+
+
+def add_metrics(checkpoint: Path, metrics: dict[str, float]) -> None:
+    """Note in a checkpoint's manifest what a validation of its weights has found since it was written."""
+    with contextlib.suppress(OSError, UserError):  # gone or unwritable: it is not the best one then
+        fields = {**asdict(read_manifest(checkpoint)), "metrics": metrics}
+        text = json.dumps({**fields, "checksum": _checksum(fields)}, indent=1)
+        write_atomically(checkpoint / MANIFEST, text.encode())
 
 
 def fsync_folder(folder: Path) -> None:

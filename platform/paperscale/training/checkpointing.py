@@ -20,6 +20,7 @@ from paperscale.training.callbacks import datamodule
 from paperscale.training.checkpoint import (
     RECIPE,
     CheckpointOptions,
+    add_metrics,
     random_state,
     rank_file,
     read_state,
@@ -157,11 +158,16 @@ class Checkpointing(Checkpoint):
                 f"checkpoint.monitor={monitor}: the validation logs {', '.join(sorted(self._metrics))}"
                 f"{nearest(monitor, self._metrics) or '; use one of these'}"
             )
+        if self._saved_step == trainer.global_step and not trainer.sanity_checking:  # saved before it was validated
+            self.finish(trainer)
+            if self._saved_step >= 0 and trainer.is_global_zero:
+                add_metrics(self.folder / f"step-{self._saved_step:08d}", self._metrics)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Checkpoint at the end of an epoch, after validation."""
+        """Checkpoint at the end of an epoch, after validation; also where the training ends in the middle of one."""
+        ended = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         if self._stopping or self._saving or (trainer.current_epoch + 1) % self.options.every_n_epochs == 0:
-            self.save(trainer, epoch_ended=True)
+            self.save(trainer, epoch_ended=ended)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop between epochs, once the finished one's metrics are logged."""
@@ -285,7 +291,7 @@ class Checkpointing(Checkpoint):
             "consumed": datamodule(trainer).consumed,
             "world_size": trainer.world_size,
             "epoch": trainer.current_epoch + epoch_ended,
-            "strategy": type(trainer.strategy).__name__,
+            "strategy": self.facts.get("strategy", type(trainer.strategy).__name__),
             "metrics": self._metrics if self._validated_step == trainer.global_step else {},
             "aliases": {name: names[id(p)] for name, p in tied if names[id(p)] != name},
             "buffers": [name for name, _ in persistent_buffers(trainer.lightning_module)],

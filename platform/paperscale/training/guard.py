@@ -324,7 +324,8 @@ class Guard(Callback):
 
     def _advice(self, what: str, change: str) -> str:
         return (
-            f"{what}; nothing after {self._checkpoint} was kept: lower the learning rate, or {change}, in {self.recipe}"
+            f"{what}; nothing after {self._checkpoint} was kept: submit it again with a lower learning rate, or "
+            f"{change} in {self.recipe} and resume"
         )
 
 

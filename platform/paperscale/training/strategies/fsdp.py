@@ -23,6 +23,7 @@ from torchmetrics import Metric
 from paperscale.training.blocks import separable_blocks
 from paperscale.training.memory import freed_at_once
 from paperscale.training.pieces import Piece, piece_of
+from paperscale.training.strategies.batchnorm import normalise_in_32_bits
 from paperscale.training.strategies.portable import PortableStrategy
 
 _STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
@@ -81,6 +82,8 @@ class FSDP2Strategy(PortableStrategy, ModelParallelStrategy):
             "mp_policy": policy,
             "offload_policy": CPUOffloadPolicy() if self._offloads else OffloadPolicy(),
         }
+        if dtype is not None:
+            normalise_in_32_bits(module)
         for _, block in separable_blocks(module):
             fully_shard(block, reshard_after_forward=self.reshard_after_forward, **settings)
         fully_shard(module, reshard_after_forward=False, **settings)

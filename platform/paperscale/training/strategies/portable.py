@@ -89,7 +89,7 @@ class PortableStrategy(Strategy):
         """Move a batch, and let what a DataModule makes of it on the device have the model's type as well."""
         batch = super().batch_to_device(batch, device, dataloader_idx)
         plugin = self.precision_plugin
-        if "16" not in str(plugin.precision) or not isinstance(batch, dict):
+        if str(plugin.precision).startswith("32") or not isinstance(batch, dict):
             return batch
         floats = {key: value for key, value in batch.items() if isinstance(value, Tensor) and value.is_floating_point()}
         return {**batch, **plugin.convert_input(floats)}

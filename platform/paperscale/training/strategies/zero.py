@@ -21,6 +21,7 @@ from paperscale.errors import UserError
 from paperscale.training.memory import freed_at_once
 from paperscale.training.operators import prepare
 from paperscale.training.pieces import Piece, piece_of
+from paperscale.training.strategies.batchnorm import normalise_in_32_bits
 from paperscale.training.strategies.nvme import (
     SwapFolder,
     buffers_for,
@@ -101,6 +102,12 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         self.on_nvme = "nvme" in (offload_optimizer, offload_parameters)
         if self.on_nvme and stage < 3:  # DeepSpeed would use the CPU without a word
             raise UserError(f"ZeroStrategy: stage {stage} offloads to the CPU alone; use stage: 3 or cpu for nvme")
+        if bucket_mb < 1:
+            raise UserError(f"ZeroStrategy: bucket_mb={bucket_mb}: give 1 MiB or more, such as 200")
+        if offload_parameters is not None and stage < 3:
+            raise UserError(
+                f"ZeroStrategy: stage {stage} does not divide weights; leave offload_parameters out, or use stage: 3"
+            )
         prepare(on_gpu=torch.cuda.is_available() if on_gpu is None else on_gpu)
         super().__init__(
             stage=stage,
@@ -160,6 +167,8 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
                 self._configured = super()._init_optimizers()
             with freed_at_once():
                 self._materialise(self.lightning_module)
+        if str(self.precision_plugin.precision) in _DTYPES:
+            normalise_in_32_bits(self.lightning_module)
         if trainer.state.fn != TrainerFn.FITTING:
             self.optimizers = []  # of the training before, which an evaluation does not set up again
         super().setup(trainer)
