@@ -57,3 +57,31 @@ class Small(LightningModule):
         optimizer = torch.optim.AdamW(groups, lr=self.lr)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 5))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Adversaries(LightningModule):
+    """Two networks with an optimizer each, stepped by hand: a backward pass through the second trains one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.maker = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 64))
+        self.judge = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 1))
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        for_maker, for_judge = self.optimizers()
+        real = batch["image"].flatten(1)[:, :64]
+        made = self.maker(real[:, :8])
+        loss = nn.functional.softplus(-self.judge(real)).mean()
+        loss = loss + nn.functional.softplus(self.judge(made.detach())).mean()
+        for_judge.zero_grad()
+        self.manual_backward(loss)
+        for_judge.step()
+        other = nn.functional.softplus(-self.judge(self.maker(real[:, :8]))).mean()
+        for_maker.zero_grad()
+        self.manual_backward(other)
+        for_maker.step()
+        return {"loss": loss.detach()}
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), 0.5, momentum=0.9) for part in (self.maker, self.judge)]

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
-from networks import Small
+from networks import Adversaries, Small
 from paperscale.data import ImageShards
 from paperscale.jobs.environment import JobEnvironment
 from paperscale.training import rendezvous, strategies
@@ -54,6 +54,7 @@ class Training:
         decay: of the averages of its weights.
         memory: tell how much memory it takes, and do not train.
         initial: checkpoint to begin with the weights of.
+        by_hand: train two networks that step their optimizers by hand.
     """
 
     strategy: Any
@@ -72,6 +73,7 @@ class Training:
     decay: float | None = None
     memory: bool = False
     initial: str | None = None
+    by_hand: bool = False
 
 
 class Losses(Callback):
@@ -115,7 +117,9 @@ class Memory(Callback):
         os._exit(0)
 
 
-def network(job: Training) -> Small:
+def network(job: Training) -> LightningModule:
+    if job.by_hand:
+        return Adversaries()
     model = Small(job.width, job.lr)
     if job.frozen:
         model.get_submodule(job.frozen).requires_grad_(False)
@@ -139,7 +143,7 @@ def train(job: Training, store: Any, world_size: int) -> dict[str, list[float]]:
     trainer = Trainer(
         accelerator="cpu",
         devices=world_size,
-        strategy=strategies.make(made, world_size),
+        strategy=strategies.make(made, world_size, by_hand=job.by_hand),
         precision=job.precision,
         gradient_clip_val=job.clip,
         max_steps=job.steps,

@@ -185,3 +185,15 @@ def test_batch_normalisation_in_32_bits_is_torchs_own(batches):
         torch.testing.assert_close(other(image), own(image), rtol=0, atol=0)
     assert all(torch.equal(a, b) for a, b in zip(own.buffers(), other.buffers(), strict=True))
     assert other.bfloat16()(image.bfloat16()).dtype is torch.bfloat16
+
+
+@pytest.mark.slow
+def test_optimizers_stepped_by_hand_train_alike_divided_or_not_and_are_continued(tmp_path, job):
+    """Two optimizers of a step count two steps."""
+    own = {"by_hand": True, "clip": None}
+    jobs = [job(s, 16, f"whole-{s}", **own) for s in ("ddp", "fsdp")]
+    jobs += [job("fsdp", 8, "half", **own), job("ddp", 16, "rest", resume=at(tmp_path / "half", 8), **own)]
+    ddp, fsdp, half, rest = train(tmp_path, 2, jobs)
+    assert len(ddp) == 8
+    assert_close(fsdp, ddp)
+    assert_close(half + rest, ddp)

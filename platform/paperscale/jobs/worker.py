@@ -286,7 +286,9 @@ class Worker:
         from paperscale.training.lean import NoProfiler, make_lean
         from paperscale.training.logbook import Logbook, all_callbacks
 
-        strategy = strategies.make(cli.config_init.trainer.strategy, self.world_size, cli.device)
+        strategy = strategies.make(
+            cli.config_init.trainer.strategy, self.world_size, cli.device, not cli.model.automatic_optimization
+        )
         if cli.initialisation is not None:
             strategy.initial = cli.initialisation.value
         settings: dict[str, Any] = {

@@ -51,13 +51,14 @@ def is_sharded(strategy: Any) -> bool:
     return name.startswith(("fsdp", "deepspeed", "FSDP2Strategy", "ZeroStrategy"))
 
 
-def make(strategy: Any, world_size: int, device: str = "cpu") -> PortableStrategy:
+def make(strategy: Any, world_size: int, device: str = "cpu", by_hand: bool = False) -> PortableStrategy:
     """Return the strategy that a recipe asks for.
 
     Args:
         strategy: the recipe's ``trainer.strategy``: a name, or an object of one of these classes.
         world_size: processes.
         device: ``cpu``, ``cuda`` or ``mps``.
+        by_hand: whether the model steps several optimizers itself: a backward pass then leaves some parameters out.
 
     Raises:
         UserError: there is no such strategy.
@@ -72,12 +73,12 @@ def make(strategy: Any, world_size: int, device: str = "cpu") -> PortableStrateg
         raise UserError(f"trainer.strategy: {type(strategy).__name__} cannot be checkpointed; use one of {classes}")
     if strategy in ("auto", "single_device") or (strategy == "ddp" and world_size == 1):
         if world_size > 1:
-            return ExactDDPStrategy()
+            return ExactDDPStrategy(find_unused_parameters=by_hand)
         from paperscale.training.strategies.single import SingleStrategy
 
         return SingleStrategy(device="cuda:0" if device == "cuda" else device)
     if strategy.startswith("ddp"):
-        return ExactDDPStrategy(find_unused_parameters="find_unused_parameters_true" in strategy)
+        return ExactDDPStrategy(find_unused_parameters=by_hand or "find_unused_parameters_true" in strategy)
     if strategy == "fsdp":
         from paperscale.training.strategies.fsdp import FSDP2Strategy
 

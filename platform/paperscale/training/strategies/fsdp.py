@@ -20,6 +20,7 @@ from torch.distributed.fsdp import (
 )
 from torchmetrics import Metric
 
+from paperscale.errors import UserError
 from paperscale.training.blocks import separable_blocks
 from paperscale.training.memory import freed_at_once
 from paperscale.training.pieces import Piece, piece_of
@@ -68,7 +69,7 @@ class FSDP2Strategy(PortableStrategy, ModelParallelStrategy):
 
     def divide(self, module: LightningModule) -> None:
         """Divide the module's blocks, then the rest of it; nothing where that is done."""
-        if isinstance(module, FSDPModule):
+        if any(isinstance(part, FSDPModule) for part in module.modules()):
             return
         whole = {
             name: tensor if tensor.is_meta else tensor.detach().clone()
@@ -86,9 +87,11 @@ class FSDP2Strategy(PortableStrategy, ModelParallelStrategy):
             normalise_in_32_bits(module)
         for _, block in separable_blocks(module):
             fully_shard(block, reshard_after_forward=self.reshard_after_forward, **settings)
-        fully_shard(module, reshard_after_forward=False, **settings)
-        for name in _STEPS:
-            register_fsdp_forward_method(module, name)
+        for root in _roots(module):
+            fully_shard(root, reshard_after_forward=False, **settings)
+        if isinstance(module, FSDPModule):
+            for name in _STEPS:
+                register_fsdp_forward_method(module, name)
         if whole:
             self._materialise(module, whole)
 
@@ -124,3 +127,21 @@ class FSDP2Strategy(PortableStrategy, ModelParallelStrategy):
         for module in self.lightning_module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+def _roots(module: LightningModule) -> list[nn.Module]:
+    """Return what is gathered as one: the module, around its step; its networks where it steps optimizers by hand.
+
+    Backward passes are then inside the step, and their gradients are divided by the networks' own forward passes.
+
+    Raises:
+        UserError: the module has weights of its own, which no forward pass but its step's would gather.
+    """
+    if module.automatic_optimization:
+        return [module]
+    if own := [name for name, _ in module.named_parameters(recurse=False)]:
+        raise UserError(
+            f"model {type(module).__name__} steps its optimizers by hand and holds the weight {own[0]} itself: put it "
+            "into a module of its own, or use trainer.strategy=ddp"
+        )
+    return [child for child in module.children() if any(True for _ in child.parameters())]
