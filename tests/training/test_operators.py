@@ -23,7 +23,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from paperscale.training import operators
-with operators._locked(Path(sys.argv[1]), print):
+with operators._locked(Path(sys.argv[1]), lambda line: print(line, flush=True)):
     print("held", flush=True)
     time.sleep(60)
 """
