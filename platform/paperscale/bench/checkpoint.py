@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import date
@@ -12,12 +11,11 @@ from statistics import median
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from paperscale.bench.ranks import run_ranks
 from paperscale.bench.report import OURS, hardware, spread
-from paperscale.errors import FINISHED
+from paperscale.bench.turns import run_in_turns
 
 WAYS = {
     OURS: "Paperscale: a copy, then a thread",
@@ -119,21 +117,11 @@ def run(options: argparse.Namespace) -> int:
     """
     from paperscale.bench.checkpoint_rank import QUICK, WORKS
 
-    console = Console(stderr=options.json)
     rounds = 1 if options.quick else options.rounds
-    columns = (TextColumn("saving in turns"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=rounds * len(WAYS) * len(QUICK if options.quick else WORKS))
-        results = measure(rounds, options.quick, lambda done: progress.update(task, completed=done))
-    if options.json:
-        print(json.dumps(results.to_json(), indent=1))
-    else:
-        _show(results, console)
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "checkpoint.md").write_text(markdown(results))
-        (options.out / "checkpoint.json").write_text(json.dumps(results.to_json(), indent=1) + "\n")
-    return FINISHED
+    total = rounds * len(WAYS) * len(QUICK if options.quick else WORKS)
+    return run_in_turns(
+        options, "checkpoint", total, lambda progress: measure(rounds, options.quick, progress), _show, markdown
+    )
 
 
 def measure(rounds: int, quick: bool = False, progress: Callable[[int], None] = lambda done: None) -> Results:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import date
@@ -12,12 +11,11 @@ from statistics import median
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from paperscale.bench.ranks import run_ranks
 from paperscale.bench.report import OURS, hardware, spread
-from paperscale.errors import FINISHED
+from paperscale.bench.turns import run_in_turns
 
 WORLD_SIZE = 2
 _NONE, _LOOK = "none", "look"
@@ -90,21 +88,15 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         UserError: a rank does not get to its end.
     """
-    console = Console(stderr=options.json)
     rounds, steps = (1, 20) if options.quick else (options.rounds, options.steps)
-    columns = (TextColumn("training in turns"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=rounds * len(WAYS))
-        results = measure(rounds, steps, lambda done: progress.update(task, completed=done))
-    if options.json:
-        print(json.dumps(results.to_json(), indent=1))
-    else:
-        _show(results, console)
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "interruption.md").write_text(markdown(results))
-        (options.out / "interruption.json").write_text(json.dumps(results.to_json(), indent=1) + "\n")
-    return FINISHED
+    return run_in_turns(
+        options,
+        "interruption",
+        rounds * len(WAYS),
+        lambda progress: measure(rounds, steps, progress),
+        _show,
+        markdown,
+    )
 
 
 # -- the ranks -----------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -15,14 +14,13 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from paperscale.bench.ranks import run_ranks
 from paperscale.bench.report import hardware, spread
 from paperscale.bench.step_rank import METRICS, QUICK
 from paperscale.bench.step_works import WORKS, write_set
-from paperscale.errors import FINISHED
+from paperscale.bench.turns import run_in_turns
 
 WORLD_SIZES = (1, 2)
 WAYS = {
@@ -134,22 +132,11 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         UserError: a rank does not get to its end.
     """
-    console = Console(stderr=options.json)
     rounds = 1 if options.quick else options.rounds
-    trainings = (rounds + (not options.quick)) * len(WAYS) * len(WORKS)
-    columns = (TextColumn("training in turns"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=trainings * len(WORLD_SIZES))
-        results = measure(rounds, options.quick, lambda done: progress.update(task, completed=done))
-    if options.json:
-        print(json.dumps(results.to_json(), indent=1))
-    else:
-        _show(results, console)
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "step.md").write_text(markdown(results))
-        (options.out / "step.json").write_text(json.dumps(results.to_json(), indent=1) + "\n")
-    return FINISHED
+    total = (rounds + (not options.quick)) * len(WAYS) * len(WORKS) * len(WORLD_SIZES)
+    return run_in_turns(
+        options, "step", total, lambda progress: measure(rounds, options.quick, progress), _show, markdown
+    )
 
 
 # -- the ranks -----------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MethodType
@@ -219,29 +219,18 @@ def _images_to_channels_last(network: nn.Module, args: tuple[Any, ...], kwargs: 
 
 def _wrap_configure_optimizers(model: LightningModule, kind: str) -> None:
     """Choose the implementation of the optimizers that the paper configures."""
+    from paperscale.training.estimate import optimizers_of
+
     configure: Any = model.configure_optimizers
 
     @functools.wraps(configure.__func__)
     def configured(self: LightningModule) -> Any:
         result = configure.__func__(self)
-        for optimizer in _optimizers(result):
+        for optimizer in optimizers_of(result):
             use_implementation(optimizer, kind)
         return result
 
     model.configure_optimizers = MethodType(configured, model)  # type: ignore[method-assign]
-
-
-def _optimizers(configured: Any) -> Iterator[Optimizer]:
-    """Yield the optimizers in what ``configure_optimizers`` may return."""
-    from torch.optim import Optimizer
-
-    if isinstance(configured, Optimizer):
-        yield configured
-    elif isinstance(configured, dict):
-        yield from _optimizers(configured.get("optimizer"))
-    elif isinstance(configured, (list, tuple)):
-        for part in configured:
-            yield from _optimizers(part)
 
 
 def use_implementation(optimizer: Optimizer, kind: str) -> None:
