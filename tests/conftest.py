@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tiny import write_set
+from tiny import write_recipe, write_set
 
 
 @pytest.fixture(scope="session")
@@ -38,29 +38,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def tiny_recipe(tmp_path: Path, tiny_shards: Path) -> Path:
     """A recipe that trains three epochs of eight steps in a second."""
     path = tmp_path / "tiny.yaml"
-    path.write_text(
-        f"""\
-# Tiny ResNet on columns   the test suite
-# run       paperscale fit tiny.yaml
-# needs     a second
-# paper     none
-# measured  none
-seed_everything: 3
-model:
-  class_path: paperscale.papers.resnet.ResNetClassifier
-  init_args:
-    network:
-      class_path: paperscale.papers.resnet.CifarResNet
-      init_args: {{n: 1, channels: 1, classes: 8}}
-    lr: 0.05
-    classes: 8
-data:
-  class_path: paperscale.data.ImageShards
-  init_args: {{path: {tiny_shards}, global_batch_size: 32, crop_padding: 1}}
-trainer: {{max_epochs: 3, log_every_n_steps: 1}}
-checkpoint: {{every_n_steps: 5}}
-"""
-    )
+    write_recipe(path, tiny_shards)
     return path
 
 

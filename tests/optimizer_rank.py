@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+import os
 from typing import Any
 
 import torch
@@ -107,10 +107,9 @@ def summed(squares: Tensor) -> Tensor:
     return squares
 
 
-def main(port: int, rank: int) -> None:
+def main(rank: int) -> None:
     """Print the largest difference of each case and its sums over ranks a step."""
-    store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
     dist.all_reduce = counted
     found = {}
@@ -127,4 +126,4 @@ def main(port: int, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(os.environ["RANK"]))

@@ -4,53 +4,34 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import attempts
 from paperscale.cli import main
 from paperscale.errors import FINISHED, USER_ERROR
 from paperscale.jobs.checkpoints import keep_initial
-from paperscale.jobs.run import Run, RunInfo, create
-from paperscale.jobs.submit import resolve
+from paperscale.jobs.run import Run
 from paperscale.jobs.validation import Place, Validator
 from paperscale.jobs.worker import main as work
 from paperscale.recipes import RecipeArguments
-from paperscale.training import signals
 from paperscale.training.tensorfile import TensorReader
-
-
-@contextmanager
-def own_signals() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
-    signals.install()
-    signals.received = None
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+from tiny import write_recipe
 
 
 def begin(name: str, recipe: Path, *overrides: str) -> Run:
-    words = [str(recipe), "tracking.enabled=false", *overrides]
-    resolved = resolve(RecipeArguments.parse(words), world_size=1)
-    info = RunInfo(name, "tiny", "here", "here", 1, 1, "abcd1234", time.time(), "test", str(Path.cwd()))
-    run = create(info, resolved)
-    keep_initial(run, resolved)
+    run = attempts.begin(name, str(recipe), *overrides)
+    keep_initial(run, run.recipe.read_text())
     return run
 
 
 def attempt(run: Run) -> str:
-    """Carry out an attempt; return what it said."""
-    number = len(run.attempts()) + 1
-    (run.path / "attempts" / f"{number:04d}").mkdir()
-    with own_signals():
-        assert work(str(run.path), number) == FINISHED, run.attempts()[-1].error
+    """Carry out an attempt; return where it began."""
+    with attempts.own_signals():
+        assert attempts.attempt(run) == FINISHED, run.attempts()[-1].error
     return run.attempts()[-1].facts["resumed_from"] or "the start"
 
 
@@ -59,25 +40,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path
     """A folder of runs with one that has checkpoints at steps 16, 20 and 24, and the recipe beside it."""
     folder = tmp_path_factory.mktemp("trained")
     recipe = folder / "tiny.yaml"
-    recipe.write_text(
-        f"""\
-seed_everything: 3
-model:
-  class_path: paperscale.papers.resnet.ResNetClassifier
-  init_args:
-    network:
-      class_path: paperscale.papers.resnet.CifarResNet
-      init_args: {{n: 1, channels: 1, classes: 8}}
-    lr: 0.05
-    classes: 8
-data:
-  class_path: paperscale.data.ImageShards
-  init_args: {{path: {tiny_shards}, global_batch_size: 32, crop_padding: 1}}
-trainer: {{max_epochs: 3, log_every_n_steps: 1}}
-checkpoint: {{every_n_steps: 5, keep_last: 3, monitor: val/accuracy}}
-ema: {{decay: 0.9}}
-"""
-    )
+    write_recipe(recipe, tiny_shards, "{every_n_steps: 5, keep_last: 3, monitor: val/accuracy}", "ema: {decay: 0.9}\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PAPERSCALE_RUNS", str(folder / "runs"))
         attempt(begin("one", recipe))

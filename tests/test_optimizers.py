@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from torch import Tensor, nn
 
 from paperscale.errors import UserError
 from paperscale.nn.optimizers import Lamb, Lars, Segment, decay_groups, norms
+from processes import all_say, start_ranks
 
 SHAPES = [(3, 4), (5,), (2, 3, 2)]
 
@@ -183,12 +181,8 @@ def test_padding_of_a_flat_partition_is_left_alone(make):
 
 @pytest.mark.slow
 def test_layers_that_are_divided_over_ranks_take_the_step_of_whole_ones():
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    script = Path(__file__).with_name("optimizer_rank.py")
-    command = [sys.executable, str(script), str(port)]
-    ranks = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)]
-    found = [json.loads(rank.communicate(timeout=120)[0]) for rank in ranks]
+    said = all_say(start_ranks(Path(__file__).with_name("optimizer_rank.py"), 2), 120)
+    found = [json.loads(text.splitlines()[-1]) for text in said]
     assert found[0].keys() == {f"{o} {how}" for o in ("Lamb", "Lars") for how in ("DTensor", "flat")}
     for case in found:
         for name, (difference, sums) in case.items():

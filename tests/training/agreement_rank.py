@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 import time
@@ -14,9 +15,10 @@ from paperscale.training import signals
 from paperscale.training.interruption import StopAgreement
 
 
-def main(rank: int, world_size: int, port: int, told: int, at: int, step_s: float) -> None:
+def main(told: int, at: int, step_s: float) -> None:
     """Train until the ranks stop; rank ``told`` is told to at boundary ``at``. Print where this one stopped."""
-    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), world_size, is_master=rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     agreement = StopAgreement(store)
     lag = random.Random(rank)
@@ -33,4 +35,4 @@ def main(rank: int, world_size: int, port: int, told: int, at: int, step_s: floa
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:6]), float(sys.argv[6]))
+    main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))

@@ -34,7 +34,8 @@ class AtStart(Checkpointing):
         self.save(trainer)
 
 
-def main(world_size: int, data: str, first: Path, second: str, checkpoint: str = "") -> None:
+def main(data: str, first: Path, second: str, checkpoint: str = "") -> None:
+    world_size = int(os.environ["WORLD_SIZE"])
     store = rendezvous.join(int(os.environ["RANK"]), world_size, on_gpu=False) if world_size > 1 else None
     options = CheckpointOptions(every_n_steps=3, wait=True)
     resume = Path(checkpoint) if checkpoint else None
@@ -64,7 +65,5 @@ def main(world_size: int, data: str, first: Path, second: str, checkpoint: str =
 
 
 if __name__ == "__main__":
-    rank, size, port, *words = sys.argv[1:]
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=rank, WORLD_SIZE=size, LOCAL_RANK=rank)
     quiet_libraries()
-    main(int(size), words[0], Path(words[1]), *words[2:])
+    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])

@@ -1,6 +1,6 @@
 """One rank of :mod:`test_strategies`: trains under one strategy after another, in one group of processes.
 
-``python strategy_rank.py RANK WORLD_SIZE PORT FOLDER JOBS``: JOBS is JSON, a list of :class:`Training`'s fields; rank 0
+``python strategy_rank.py FOLDER JOBS``: JOBS is JSON, a list of :class:`Training`'s fields; rank 0
 writes each training's losses as a line of ``FOLDER/out.jsonl``.
 """
 
@@ -168,10 +168,8 @@ def train(job: Training, store: Any, world_size: int) -> dict[str, list[float]]:
     return {"losses": losses.values, "norms": losses.norms}
 
 
-def main(rank: int, world_size: int, port: int, folder: Path, jobs: list[Training]) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank)
-    )
+def main(folder: Path, jobs: list[Training]) -> None:
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     quiet_libraries()
     torch.set_num_threads(1)
     store = rendezvous.join(rank, world_size, on_gpu=False)  # one process makes a group as well: ZeRO needs one
@@ -183,5 +181,4 @@ def main(rank: int, world_size: int, port: int, folder: Path, jobs: list[Trainin
 
 
 if __name__ == "__main__":
-    work = [Training(**job) for job in json.loads(sys.argv[5])]
-    main(*map(int, sys.argv[1:4]), Path(sys.argv[4]), work)  # type: ignore[arg-type]
+    main(Path(sys.argv[1]), [Training(**job) for job in json.loads(sys.argv[2])])

@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +14,14 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+import attempts
+from attempts import attempt, begin
 from paperscale.errors import FINISHED, REQUEUE, UserError
-from paperscale.jobs.run import Run, RunInfo, create
-from paperscale.jobs.submit import resolve
-from paperscale.jobs.worker import main as work
-from paperscale.recipes import RecipeArguments
-from paperscale.training import signals
+from paperscale.jobs.run import Run
 from paperscale.training.ema import EMA, EMAEnd, EMAOptions
 from paperscale.training.strategies.single import SingleStrategy
 from paperscale.training.tensorfile import TensorReader
+from processes import all_say, start_ranks
 
 
 class Regression(LightningModule):
@@ -172,27 +165,12 @@ def test_wrong_options_are_refused_with_the_fix(wrong):
 
 @pytest.fixture
 def own_signals():
-    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
-    signals.install()
-    yield
-    signals.received = None
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    with attempts.own_signals():
+        yield
 
 
 def new_run(name: str, recipe: Path, *overrides: str) -> Run:
-    words = [str(recipe), "tracking.enabled=false", "trainer.max_epochs=2", *overrides]
-    resolved = resolve(RecipeArguments.parse(words), world_size=1)
-    return create(
-        RunInfo(name, "tiny", "here", "here", 1, 1, "abcd1234", time.time(), "test", str(Path.cwd())), resolved
-    )
-
-
-def attempt(run: Run) -> int:
-    signals.received = None
-    number = len(run.attempts()) + 1
-    (run.path / "attempts" / f"{number:04d}").mkdir()
-    return work(str(run.path), number)
+    return begin(name, str(recipe), "trainer.max_epochs=2", *overrides)
 
 
 def averages(run: Run) -> dict[str, Tensor]:
@@ -228,22 +206,9 @@ STRATEGIES = ["ddp", "fsdp", "fsdp whole", "deepspeed_zero1", "deepspeed_zero2",
 
 @pytest.mark.slow
 def test_averages_are_the_same_however_the_model_is_divided():
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = str(probe.getsockname()[1])
-    script = Path(__file__).with_name("ema_rank.py")
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), *STRATEGIES],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for rank in ranks:
-        lines = rank.communicate(timeout=240)[0].splitlines()
-        found = {row["strategy"]: row for row in map(json.loads, filter(lambda line: line[:1] == "{", lines))}
+    for said in all_say(start_ranks(Path(__file__).with_name("ema_rank.py"), 2, *STRATEGIES)):
+        lines = filter(lambda line: line[:1] == "{", said.splitlines())
+        found = {row["strategy"]: row for row in map(json.loads, lines)}
         assert found.keys() == {"whole", *STRATEGIES}
         for strategy in STRATEGIES:
             for what in ("train", "val", "test", "averages"):

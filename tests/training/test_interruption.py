@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from processes import all_say, start_ranks
 
 RANKS = 3
 
 
 def stops(told: int, at: int, step_s: float) -> list[dict[str, Any]]:
     """Return where each of three real processes has stopped."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    script = Path(__file__).with_name("agreement_rank.py")
-    command = [sys.executable, str(script)]
-    ranks = [
-        subprocess.Popen(
-            [*command, *map(str, (rank, RANKS, port, told, at, step_s))], stdout=subprocess.PIPE, text=True
-        )
-        for rank in range(RANKS)
-    ]
-    return [json.loads(rank.communicate(timeout=60)[0]) for rank in ranks]
+    ranks = start_ranks(Path(__file__).with_name("agreement_rank.py"), RANKS, told, at, step_s)
+    return [json.loads(said.splitlines()[-1]) for said in all_say(ranks, 60)]
 
 
 @pytest.mark.parametrize(("told", "at"), [(2, 31), pytest.param(0, 300, marks=pytest.mark.slow)])

@@ -18,6 +18,7 @@ from helpers import wait_for
 from paperscale.doctor import software
 from paperscale.errors import UserError
 from paperscale.training import operators
+from processes import all_say, start_ranks
 
 HOLD = """
 import sys, time
@@ -50,13 +51,7 @@ def start(*words: str) -> subprocess.Popen[str]:
 @pytest.mark.slow
 def test_zero_trains_on_cpus_without_compiling_anything(home):
     """All stages, and offload with torch's optimizer: equal losses on two real processes, and no operator."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    script = str(Path(__file__).with_name("zero_rank.py"))
-    ranks = [start(script, str(rank), "2", str(port)) for rank in range(2)]
-    for rank in ranks:
-        output = rank.communicate(timeout=120)[0]
-        assert rank.returncode == 0, output
+    for output in all_say(start_ranks(Path(__file__).with_name("zero_rank.py"), 2), 120):
         found: dict[str, Any] = json.loads(output.splitlines()[-1])
         first, *others = found["losses"]
         assert first[-1] < 0.9 * first[0]

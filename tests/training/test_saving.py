@@ -11,7 +11,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -48,6 +47,7 @@ from paperscale.training.pieces import Piece, piece_of, to_write
 from paperscale.training.saving import Files, Job, Saver
 from paperscale.training.strategies.single import SingleStrategy
 from paperscale.training.tensorfile import Buffer, TensorReader, header, tensor_file
+from processes import all_say, free_port, start_ranks
 from test_resume import at_step, attempt, new_run, own_signals  # noqa: F401  a fixture for every test here
 
 FACTS = {"consumed": 0}
@@ -109,8 +109,7 @@ def save_until_killed(folder: Path, rank: int, ranks: int, port: int, begun: int
 
 def killed(folder: Path, ranks: int, seconds: float) -> None:
     """Let processes save, and ``kill -9`` them after a time."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     reading, begun = os.pipe()
     children = []
     for rank in range(ranks):
@@ -705,15 +704,7 @@ def test_the_same_state_is_the_same_bytes_and_another_number_of_ranks_the_same_t
 @pytest.mark.slow
 def test_two_processes_write_the_same_bytes_and_one_reads_and_writes_the_same_tensors(tmp_path, tiny_shards):
     def run(ranks: int, *words: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-        script = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("saving_rank.py"))]
-        processes = [
-            subprocess.Popen([*script, str(rank), str(ranks), str(port), str(tiny_shards), *words], env=environment)
-            for rank in range(ranks)
-        ]
-        assert [process.wait(120) for process in processes] == [0] * ranks
+        all_say(start_ranks(Path(__file__).with_name("saving_rank.py"), ranks, tiny_shards, *words), 120)
 
     first, second, third = (tmp_path / name for name in "abc")
     run(2, str(first), str(second))

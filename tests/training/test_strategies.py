@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +11,7 @@ import torch
 
 from paperscale.training.strategies.batchnorm import normalise_in_32_bits
 from paperscale.training.tensorfile import TensorReader
+from processes import all_say, start_ranks
 
 ALL = ("ddp", "fsdp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
 CLOSE = {"rtol": 0.0, "atol": 2e-5}
@@ -34,24 +31,7 @@ def losses_and_norms(folder: Path, world_size: int, jobs: list[dict[str, Any]]) 
 
 def ranks_say(folder: Path, world_size: int, jobs: list[dict[str, Any]]) -> list[str]:
     """Start the ranks; return what each has printed."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    tests = Path(__file__).parents[1]
-    rank = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("strategy_rank.py"))]
-    words = [str(world_size), str(port), str(folder), json.dumps(jobs)]
-    ranks = [
-        subprocess.Popen(
-            [*rank, str(r), *words],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(tests), "OMP_NUM_THREADS": "1"},
-        )
-        for r in range(world_size)
-    ]
-    said = [process.communicate(timeout=280)[0] for process in ranks]
-    assert not any(process.returncode for process in ranks), "\n".join(said)[-4000:]
-    return said
+    return all_say(start_ranks(Path(__file__).with_name("strategy_rank.py"), world_size, folder, json.dumps(jobs)))
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from typing import Any
 
 import torch
@@ -59,10 +58,9 @@ def train(world_size: int, stage: Any, **offload: Any) -> list[float]:
     return model.losses
 
 
-def main(rank: int, world_size: int, port: int) -> None:
+def main() -> None:
     """Print the losses of each stage, and the operators that were compiled."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), NODE_RANK="0")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    world_size = int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     quiet_libraries()
     operators.prepare()
@@ -71,4 +69,4 @@ def main(rank: int, world_size: int, port: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:4]))
+    main()

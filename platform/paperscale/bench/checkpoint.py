@@ -11,11 +11,10 @@ from statistics import median
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from paperscale.bench.ranks import run_ranks
 from paperscale.bench.report import OURS, hardware, spread
-from paperscale.bench.turns import run_in_turns
+from paperscale.bench.turns import as_markdown, as_table, made_by, run_in_turns
 
 WAYS = {
     OURS: "Paperscale: a copy, then a thread",
@@ -189,13 +188,9 @@ def _goal(results: Results) -> str:
 
 def markdown(results: Results) -> str:
     """Return the report."""
-    machine = results.hardware
-    packages = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     parts = [
         "# How long a training waits for its checkpoint",
-        f"{results.day}: {machine['cores']} cores of {machine['cpu']}, {machine['memory']}, Linux {machine['kernel']}, "
-        f"Python {machine['python']}, {packages}. Made by `paperscale bench checkpoint`; every round's figures are in "
-        "the JSON beside.",
+        made_by("checkpoint", results),
         "Tensors of a model's sizes, filled with random numbers, are trained by one process that computes with all "
         "cores and lets a real optimizer pass over them. In a round each way trains once, in turns and in the same "
         f"process, and writes two checkpoints; figures are `median [least..most]` of {results.rounds} rounds, ratios "
@@ -205,9 +200,7 @@ def markdown(results: Results) -> str:
         "bandwidth from them. Memory is that by which the process grows for its checkpoints.",
     ]
     for case in results.cases:
-        heading, *rows = _lines(case)
-        table = [heading, ["---"] * len(heading), *rows]
-        parts += [f"## {_heading(case)}", "\n".join(f"| {' | '.join(row)} |" for row in table)]
+        parts += [f"## {_heading(case)}", as_markdown(_lines(case))]
     parts += [
         _goal(results),
         "The ways differ in what is there afterwards, too. Paperscale waits until the disk has every file, hashes it, "
@@ -219,9 +212,5 @@ def markdown(results: Results) -> str:
 
 def _show(results: Results, console: Console) -> None:
     for case in results.cases:
-        heading, *rows = _lines(case)
-        table = Table(*heading, box=None, pad_edge=False, title=_heading(case), title_justify="left")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table, "", sep="\n")
+        console.print(as_table(_lines(case), title=_heading(case), title_justify="left"), "", sep="\n")
     console.print(_goal(results))

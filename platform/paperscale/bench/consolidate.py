@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from paperscale.errors import FINISHED, UserError
-from paperscale.training.checkpoint import publish
+from paperscale.training.checkpoint import TENSOR_FILES, publish
 from paperscale.training.consolidate import write_file
 from paperscale.training.saving import write_durably
 from paperscale.training.tensorfile import METADATA_KEY, header, tensor_file
@@ -150,7 +150,7 @@ def _in_process(checkpoint: Path, dtype: str) -> Measured:
 
 def _consolidate(checkpoint: Path, out: Path, dtype: str) -> Measured:
     """Write the one file in this process."""
-    shards = [path.stat().st_size for path in checkpoint.glob("tensors-*")]
+    shards = [path.stat().st_size for path in checkpoint.glob(TENSOR_FILES)]
     base, start = _peak_bytes(), time.monotonic()
     weights = of_checkpoint(checkpoint)
     written = write_file(weights, out, _DTYPES[dtype])

@@ -11,11 +11,10 @@ from statistics import median
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from paperscale.bench.ranks import run_ranks
 from paperscale.bench.report import OURS, hardware, spread
-from paperscale.bench.turns import run_in_turns
+from paperscale.bench.turns import as_markdown, as_table, made_by, run_in_turns
 
 WORLD_SIZE = 2
 _NONE, _LOOK = "none", "look"
@@ -156,21 +155,15 @@ def _in_practice(results: Results) -> str:
 
 def markdown(results: Results) -> str:
     """Return the report."""
-    machine = results.hardware
-    packages = ", ".join(f"{name} {version}" for name, version in results.versions.items())
-    heading, *rows = _lines(results)
-    table = [heading, ["---"] * len(heading), *rows]
     parts = [
         "# What it costs that a training can be interrupted",
-        f"{results.day}: {machine['cores']} cores of {machine['cpu']}, {machine['memory']}, Linux {machine['kernel']}, "
-        f"Python {machine['python']}, {packages}. Made by `paperscale bench interruption`; every round's figures are "
-        "in the JSON beside.",
+        made_by("interruption", results),
         f"A network of one layer (32 to 4, batches of 8) is trained by {WORLD_SIZE} processes ({results.device}) on "
         "this machine: the step is as short as a step can be, so that what is added to it shows. Figures are "
         f"`median [least..most]` of {results.rounds} rounds of {results.steps} steps. In a round all ways take turns "
         "in the same processes, and ratios are taken within a round; the way that is there twice shows how far to "
         "trust them. CPU time is that of all processes together.",
-        "\n".join(f"| {' | '.join(row)} |" for row in table),
+        as_markdown(_lines(results)),
         _goal(results),
         _in_practice(results),
         "The ways differ in what they can do, too. Lightning broadcasts rank 0's flag and reads it back: a signal that "
@@ -182,8 +175,4 @@ def markdown(results: Results) -> str:
 
 
 def _show(results: Results, console: Console) -> None:
-    heading, *rows = _lines(results)
-    table = Table(*heading, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table, "", _goal(results), sep="\n")
+    console.print(as_table(_lines(results)), "", _goal(results), sep="\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from paperscale.bench import data, environments, report
 from paperscale.bench.measure import WORKS, Bench
 from paperscale.bench.registry import PEERS
 from paperscale.bench.report import Results
+from paperscale.bench.turns import publish
 from paperscale.errors import FINISHED, UserError, nearest
 
 _SECONDS = 2.0
@@ -35,14 +35,7 @@ def run(options: argparse.Namespace) -> int:
     if options.setup:
         environments.set_up(cache, console.print)
     results = measure(cache, works, peers, options.rounds, options.quick, console)
-    if options.json:
-        print(json.dumps(results.to_json(), indent=1))
-    else:
-        show(results, console)
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "data.md").write_text(report.markdown(results))
-        (options.out / "data.json").write_text(json.dumps(results.to_json(), indent=1) + "\n")
+    publish(options, "data", results, lambda: show(results, console), report.markdown)
     return FINISHED
 
 

@@ -14,13 +14,12 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.table import Table
 
 from paperscale.bench.ranks import run_ranks
 from paperscale.bench.report import hardware, spread
 from paperscale.bench.step_rank import METRICS, QUICK
 from paperscale.bench.step_works import WORKS, write_set
-from paperscale.bench.turns import run_in_turns
+from paperscale.bench.turns import as_markdown, as_table, made_by, run_in_turns
 
 WORLD_SIZES = (1, 2)
 WAYS = {
@@ -236,13 +235,9 @@ def _goals(results: Results) -> str:
 
 def markdown(results: Results) -> str:
     """Return the report."""
-    machine = results.hardware
-    packages = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     parts = [
         "# What a step costs beside its arithmetic",
-        f"{results.day}: {machine['cores']} cores of {machine['cpu']}, {machine['memory']}, Linux {machine['kernel']}, "
-        f"Python {machine['python']}, {packages}. Made by `paperscale bench step`; every round's figures are in the "
-        "JSON beside.",
+        made_by("step", results),
         "The same network and optimizer, trained by a loop of five lines over a batch in memory, by Lightning's "
         "Trainer as it comes over the same batch in memory, and by a run of Paperscale's with all that a run has: its "
         "samples are read from shards and decoded, and the pulse, the stream's position, the agreement on a stop, "
@@ -253,17 +248,12 @@ def markdown(results: Results) -> str:
         _goals(results),
     ]
     for case in results.cases:
-        heading, *rows = _lines(case)
-        table = [heading, ["---"] * len(heading), *rows]
-        parts += [f"## {_title(case)}", "\n".join(f"| {' | '.join(row)} |" for row in table), *_logging(case)]
+        parts += [f"## {_title(case)}", as_markdown(_lines(case)), *_logging(case)]
     return "\n\n".join(parts) + "\n"
 
 
 def _show(results: Results, console: Console) -> None:
     for case in results.cases:
-        heading, *rows = _lines(case)
-        table = Table(*heading, box=None, pad_edge=False)
-        for row in rows:
-            table.add_row(*row)
+        table = as_table(_lines(case))
         console.print(f"[bold]{_title(case)}", table, *_logging(case), "", sep="\n", highlight=False)
     console.print(_goals(results))

@@ -6,9 +6,11 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from paperscale.cli.options import (
     Add,
+    Command,
     Parser,
     complete_clusters,
     console,
@@ -55,22 +57,10 @@ def _add_bench(bench: Parser) -> None:
     data.add_argument("--out", type=Path, metavar="DIR", help="write data.md and data.json there")
     data.set_defaults(run=run_bench_data)
     help = "what it costs at each step that a training can be interrupted"
-    interruption = actions.add_parser("interruption", help=help, allow_abbrev=False)
-    interruption.add_argument("--rounds", type=positive, default=15, help="rounds of every way (default 15)")
+    interruption = _in_turns(actions, "interruption", help, 15, "one round of 20 steps", run_bench_interruption)
     interruption.add_argument("--steps", type=positive, default=200, help="steps of a training (default 200)")
-    interruption.add_argument("--quick", action="store_true", help="one round of 20 steps: does it work?")
-    interruption.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
-    interruption.add_argument(
-        "--out", type=Path, metavar="DIR", help="write interruption.md and interruption.json there"
-    )
-    interruption.set_defaults(run=run_bench_interruption)
     help = "what a framework and its metrics add to a training step"
-    step = actions.add_parser("step", help=help, allow_abbrev=False)
-    step.add_argument("--rounds", type=positive, default=9, help="rounds of every way (default 9)")
-    step.add_argument("--quick", action="store_true", help="one round of 3 steps: does it work?")
-    step.add_argument("--json", action="store_true", help="print the results as JSON instead of tables")
-    step.add_argument("--out", type=Path, metavar="DIR", help="write step.md and step.json there")
-    step.set_defaults(run=run_bench_step)
+    _in_turns(actions, "step", help, 9, "one round of 3 steps", run_bench_step)
     help = "what writing a divided checkpoint's weights as one file takes"
     consolidate = actions.add_parser("consolidate", help=help, allow_abbrev=False)
     consolidate.add_argument(
@@ -81,12 +71,18 @@ def _add_bench(bench: Parser) -> None:
     consolidate.add_argument("--json", action="store_true", help="print JSON")
     consolidate.set_defaults(run=run_bench_consolidate)
     help = "how long a training waits for a checkpoint"
-    checkpoint = actions.add_parser("checkpoint", help=help, allow_abbrev=False)
-    checkpoint.add_argument("--rounds", type=positive, default=5, help="rounds of every way (default 5)")
-    checkpoint.add_argument("--quick", action="store_true", help="one round of a small model: does it work?")
-    checkpoint.add_argument("--json", action="store_true", help="print the results as JSON instead of tables")
-    checkpoint.add_argument("--out", type=Path, metavar="DIR", help="write checkpoint.md and checkpoint.json there")
-    checkpoint.set_defaults(run=run_bench_checkpoint)
+    _in_turns(actions, "checkpoint", help, 5, "one round of a small model", run_bench_checkpoint)
+
+
+def _in_turns(actions: Any, name: str, help: str, rounds: int, quick: str, run: Command) -> Parser:
+    """Add a benchmark whose ways take turns."""
+    parser: Parser = actions.add_parser(name, help=help, allow_abbrev=False)
+    parser.add_argument("--rounds", type=positive, default=rounds, help=f"rounds of every way (default {rounds})")
+    parser.add_argument("--quick", action="store_true", help=f"{quick}: does it work?")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON instead of tables")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"write {name}.md and {name}.json there")
+    parser.set_defaults(run=run)
+    return parser
 
 
 def run_recipes(args: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ from paperscale.training.checkpoint import (
     MANIFEST,
     RECIPE,
     all_checkpoints,
+    first_verified,
     ranked,
     read_manifest,
     step_of,
@@ -77,13 +78,11 @@ def find(where: str, which: str | None = None, hashes: bool = True) -> Path:
 
 def _by_name(folder: Path, name: str, hashes: bool) -> Path:
     """Return the best or the last that verifies; say which were passed over."""
-    for checkpoint in best_first(folder) if name == "best" else all_checkpoints(folder):
-        try:
-            verify(checkpoint, hashes)
-        except UserError as error:
-            print(f"WARNING passed over {checkpoint.name}: {error}", file=sys.stderr)
-        else:
-            return checkpoint
+    found, passed_over = first_verified(best_first(folder) if name == "best" else all_checkpoints(folder), hashes)
+    for reason in passed_over:
+        print(f"WARNING passed over {reason}", file=sys.stderr)
+    if found:
+        return found
     raise UserError(f"no checkpoint in {folder} verifies; `paperscale checkpoint list` shows what there is")
 
 

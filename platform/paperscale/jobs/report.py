@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -213,25 +212,13 @@ def _checkpoint(run: Run, verify: bool) -> dict[str, Any]:
 
 def _problem(folder: Path, verify: bool) -> str:
     """Return what is wrong with a checkpoint, empty if nothing is."""
-    if verify:
-        from paperscale.errors import UserError
-        from paperscale.training import checkpoint
+    from paperscale.errors import UserError
+    from paperscale.training import checkpoint
 
-        try:
-            checkpoint.verify(folder)
-        except UserError as error:
-            return f"{folder.name}: {error}"
-        return ""
     try:
-        files: dict[str, Any] = json.loads((folder / "manifest.json").read_text())["files"]
-    except (OSError, ValueError, KeyError):
-        return f"{folder.name}: its manifest cannot be read"
-    for name, expected in files.items():
-        file = folder / name
-        if not file.is_file():
-            return f"{folder.name}: {name} is missing"
-        if (size := file.stat().st_size) != expected["bytes"]:
-            return f"{folder.name}: {name} has {size} bytes, {expected['bytes']} were written"
+        checkpoint.verify(folder, hashes=verify)
+    except UserError as error:
+        return f"{folder.name}: {str(error).removeprefix(f'{folder}/')}"
     return ""
 
 

@@ -137,8 +137,9 @@ class Worker:
         speed.apply(cli.config_init.speed, cli.model)
         if cli.initialisation is not None and cli.initialisation.failure:
             self.say(f"WARNING every process makes the whole model first: {cli.initialisation.failure}")
+        self.sharding = sharding(cli.config.trainer.strategy, self.world_size)
         self.record(
-            strategy=sharding(cli.config.trainer.strategy, self.world_size).name,
+            strategy=self.sharding.name,
             nodes=self.info.nodes,
             procs_per_node=self.info.procs_per_node,
         )
@@ -234,7 +235,7 @@ class Worker:
         start = time.monotonic()
         if self.world_size > 1:
             self.store = rendezvous.join(self.rank, self.world_size, on_gpu)
-        elif sharding(cli.config.trainer.strategy).divided:
+        elif self.sharding.divided:
             rendezvous.alone(on_gpu)
         found = rendezvous.preflight(self.world_size, on_gpu, time.monotonic() - start)
         self.say(str(found))
@@ -376,7 +377,7 @@ class Worker:
                 facts={
                     "run": self.info.name,
                     "wandb_id": self.info.wandb_id,
-                    "strategy": sharding(cli.config.trainer.strategy, self.world_size).name,
+                    "strategy": self.sharding.name,
                 },
                 recipe=self.run.recipe.read_text(),
             ),

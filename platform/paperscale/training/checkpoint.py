@@ -23,7 +23,7 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256 as new_sha256
@@ -38,7 +38,8 @@ MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
 VERSION = 2
 _READERS = 8
-_READ_BY_RANKS = ("rank-*.pt", "tensors-*.safetensors")
+RANK_FILES, TENSOR_FILES = "rank-*.pt", "tensors-*.safetensors"
+"""What ranks write, each its own."""
 _RESTORE = "restore it from a copy, or use another checkpoint"
 
 
@@ -129,7 +130,7 @@ def _verify_files(checkpoint: Path, files: dict[str, dict[str, Any]], hashes: bo
             raise UserError(f"{file} is missing; {_RESTORE}")
         if (size := file.stat().st_size) != expected["bytes"]:
             raise UserError(f"{file} has {size} bytes, {expected['bytes']} were written; {_RESTORE}")
-    for file in (file for pattern in _READ_BY_RANKS for file in checkpoint.glob(pattern)):
+    for file in (file for pattern in (RANK_FILES, TENSOR_FILES) for file in checkpoint.glob(pattern)):
         if file.name not in files:
             raise UserError(f"{file} is not of this checkpoint; move it elsewhere")
     if not hashes:
@@ -149,10 +150,15 @@ def all_checkpoints(folder: Path) -> list[Path]:
 
 def newest_verified(folder: Path) -> tuple[Path | None, list[str]]:
     """Return the newest checkpoint that verifies, and why each newer one was passed over."""
+    return first_verified(all_checkpoints(folder))
+
+
+def first_verified(checkpoints: Iterable[Path], hashes: bool = True) -> tuple[Path | None, list[str]]:
+    """Return the first checkpoint that verifies, and why each before it was passed over."""
     passed_over = []
-    for checkpoint in all_checkpoints(folder):
+    for checkpoint in checkpoints:
         try:
-            verify(checkpoint)
+            verify(checkpoint, hashes)
         except UserError as error:
             passed_over.append(f"{checkpoint.name}: {error}")
         else:
@@ -184,10 +190,7 @@ def publish(partial: Path, final: Path, files: dict[str, dict[str, Any]], facts:
 
     versions = {"paperscale": __version__, "torch": torch.__version__, "lightning": lightning.__version__}
     fields = asdict(CheckpointManifest(files=files, versions=versions, created=time.time(), **facts))
-    with (partial / MANIFEST).open("w") as file:
-        json.dump({**fields, "checksum": _checksum(fields)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    _write_manifest(partial, fields)
     fsync_folder(partial)
     if final.exists():  # only one that did not verify can have this name
         with contextlib.suppress(OSError):  # what cannot be deleted has at least another name
@@ -199,9 +202,12 @@ def publish(partial: Path, final: Path, files: dict[str, dict[str, Any]], facts:
 def add_metrics(checkpoint: Path, metrics: dict[str, float]) -> None:
     """Note in a checkpoint's manifest what a validation of its weights has found since it was written."""
     with contextlib.suppress(OSError, UserError):  # gone or unwritable: it is not the best one then
-        fields = {**asdict(read_manifest(checkpoint)), "metrics": metrics}
-        text = json.dumps({**fields, "checksum": _checksum(fields)}, indent=1)
-        write_atomically(checkpoint / MANIFEST, text.encode())
+        _write_manifest(checkpoint, {**asdict(read_manifest(checkpoint)), "metrics": metrics})
+
+
+def _write_manifest(checkpoint: Path, fields: dict[str, Any]) -> None:
+    content = {**fields, "checksum": _checksum(fields)}
+    write_atomically(checkpoint / MANIFEST, json.dumps(content, indent=1).encode())
 
 
 def fsync_folder(folder: Path) -> None:
@@ -271,6 +277,11 @@ class Retention:
             except OSError as error:
                 problems.append(f"{doomed.name} cannot be removed ({error.strerror}); remove it by hand")
         return problems
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the name of a checkpoint's folder."""
+    return f"step-{step:08d}"
 
 
 def step_of(checkpoint: Path) -> int:

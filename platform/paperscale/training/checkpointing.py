@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,11 @@ from torch.distributed import Store
 from paperscale.errors import Interrupted, Superseded, UserError, is_lost_rank, nearest
 from paperscale.training.callbacks import datamodule
 from paperscale.training.checkpoint import (
+    RANK_FILES,
     RECIPE,
     CheckpointOptions,
     add_metrics,
+    checkpoint_name,
     random_state,
     rank_file,
     read_state,
@@ -54,7 +55,7 @@ class Checkpointing(Checkpoint):
         is_current: whether this attempt still owns the run; an attempt that was cut off and replaced must not write.
         is_healthy: whether the weights are worth keeping.
         say: prints a line (rank 0).
-        facts: of the run, for the manifest: ``run``, ``wandb_id``.
+        facts: of the run, for the manifest: ``run``, ``wandb_id``, ``strategy``.
         recipe: the resolved recipe.
     """
 
@@ -78,7 +79,6 @@ class Checkpointing(Checkpoint):
         self.store, self.facts, self.recipe = store, facts or {}, recipe
         self.agreement = StopAgreement(None, pulse=self.pulse)
         self.saver = Saver(folder, options.retention)
-        self.stalls_s: list[float] = []
         self._buffer = Buffer()
         self._stopping = self._saving = self._reserved = False
         self._saved_step = self._validated_step = -1
@@ -110,7 +110,7 @@ class Checkpointing(Checkpoint):
         for piece in _pieces_of_callbacks(trainer):
             if piece.name in reader:
                 reader.fill(piece)
-        saved = sorted(self.resume.glob(rank_file(0).replace("00000", "*")))
+        saved = sorted(self.resume.glob(RANK_FILES))
         mine = saved[trainer.global_rank :: trainer.world_size]  # the same world size: exactly one's own
         states = [read_state(path) for path in mine]
         restore_metric_state(pl_module, [state["metrics"] for state in states])
@@ -161,7 +161,7 @@ class Checkpointing(Checkpoint):
         if self._saved_step == trainer.global_step and not trainer.sanity_checking:  # saved before it was validated
             self.finish(trainer)
             if self._saved_step >= 0 and trainer.is_global_zero:
-                add_metrics(self.folder / f"step-{self._saved_step:08d}", self._metrics)
+                add_metrics(self.folder / checkpoint_name(self._saved_step), self._metrics)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checkpoint at the end of an epoch, after validation; also where the training ends in the middle of one."""
@@ -197,7 +197,7 @@ class Checkpointing(Checkpoint):
             UserError: it failed and the run is stopping or has ended, so that nothing would come after it.
             Superseded: a newer attempt of the run has started.
         """
-        step, started, self._saving = trainer.global_step, time.monotonic(), False
+        step, self._saving = trainer.global_step, False
         self.pulse.mark("checkpoint", step)
         self.finish(trainer, last=step == self._saved_step)  # the one before: its buffer is needed
         if step != self._saved_step and self.is_healthy():
@@ -205,7 +205,6 @@ class Checkpointing(Checkpoint):
             self._saved_step = step
             if self._stopping or self.options.wait:
                 self.finish(trainer)
-            self.stalls_s.append(time.monotonic() - started)
         self.pulse.mark("data")
 
     def finish(self, trainer: Trainer, last: bool = True) -> None:
@@ -287,11 +286,11 @@ class Checkpointing(Checkpoint):
         names = {id(p): name for name, p in trainer.lightning_module.named_parameters()}
         tied = trainer.lightning_module.named_parameters(remove_duplicate=False)
         return {
+            "strategy": type(trainer.strategy).__name__,
             **self.facts,
             "consumed": datamodule(trainer).consumed,
             "world_size": trainer.world_size,
             "epoch": trainer.current_epoch + epoch_ended,
-            "strategy": self.facts.get("strategy", type(trainer.strategy).__name__),
             "metrics": self._metrics if self._validated_step == trainer.global_step else {},
             "aliases": {name: names[id(p)] for name, p in tied if names[id(p)] != name},
             "buffers": [name for name, _ in persistent_buffers(trainer.lightning_module)],

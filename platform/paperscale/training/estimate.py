@@ -25,11 +25,10 @@ from torchmetrics import Metric
 
 from paperscale.data.batching import BatchPlan
 from paperscale.data.stream import Batch, Cursor, Places, ShardStream
+from paperscale.training.precision import MIXED, TRUE
 from paperscale.training.recipe import RecipeCLI
 from paperscale.training.sharding import Sharding, sharding
 
-_TRUE = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
-_MIXED = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 _ALIASES = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true", "None": "32-true"}
 Found = TypeVar("Found")
 
@@ -119,7 +118,7 @@ def estimate(cli: RecipeCLI, world_size: int, micro_batch: int | None = None, st
     known = [p for p in cli.model.parameters() if not is_lazy(p)]
     weights = sum(_bytes(p, precision) for p in known)
     gradients = sum(_bytes(p, precision) for p in known if p.requires_grad)
-    if of.kind == "zero" and precision in _MIXED:  # 16-bit weights and gradients; 32-bit weights with the optimizer
+    if of.kind == "zero" and precision in MIXED:  # 16-bit weights and gradients; 32-bit weights with the optimizer
         optimizer = None if optimizer is None else optimizer + weights
         weights, gradients = weights // 2, gradients // 2
     lazy = len(known) < len(list(cli.model.parameters()))
@@ -170,7 +169,7 @@ def _bytes(tensor: Tensor, precision: str) -> int:
 
 def _dtype(tensor: Tensor, precision: str) -> torch.dtype:
     """Return a tensor's type once Lightning has converted it."""
-    return _TRUE.get(precision, tensor.dtype) if tensor.is_floating_point() else tensor.dtype
+    return TRUE.get(precision, tensor.dtype) if tensor.is_floating_point() else tensor.dtype
 
 
 def _first_batch(datamodule: ShardStream, world_size: int, micro_batch: int | None) -> tuple[int, Batch]:
@@ -288,7 +287,7 @@ def _activation_bytes(cli: RecipeCLI, batch: Batch, precision: str, world_size: 
             kept[storage._cdata] = storage  # held, so that no other is given its address
             return tensor
 
-        mixed = _MIXED.get(precision)
+        mixed = MIXED.get(precision)
         with (
             torch.autocast("cpu", mixed) if mixed else contextlib.nullcontext(),
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),

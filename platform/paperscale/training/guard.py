@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from paperscale.data import ShardStream
 from paperscale.errors import RolledBack, UserError
 from paperscale.training.callbacks import datamodule
+from paperscale.training.checkpoint import checkpoint_name
 
 _MAD_TO_DEVIATION = 1.4826  # of a normal distribution
 _LEAST_DEVIATION = 1e-3  # of the median: a loss that hardly moves has no spikes
@@ -320,12 +321,12 @@ class Guard(Callback):
     @property
     def _checkpoint(self) -> str:
         step, _ = self._saved
-        return f"step-{step:08d}" if step else "the start"
+        return checkpoint_name(step) if step else "the start"
 
     def _advice(self, what: str, change: str) -> str:
         return (
             f"{what}; nothing after {self._checkpoint} was kept: submit it again with a lower learning rate, or "
-            f"{change} in {self.recipe} and resume"
+            f"{change}, in {self.recipe}"
         )
 
 

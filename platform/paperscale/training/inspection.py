@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from paperscale.training.checkpoint import rank_file, read_manifest, read_state, step_of
+from paperscale.training.checkpoint import RANK_FILES, read_manifest, read_state, step_of
 from paperscale.training.tensorfile import Stored, TensorReader
 
 _STATE = "state.pt"
@@ -89,8 +90,7 @@ def _keys(states: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def _random(checkpoint: Path, files: Mapping[str, Any]) -> dict[str, Any]:
     """Return how many ranks' random number generators there are, and which of each."""
-    pattern = rank_file(0).replace("00000", "")
-    ranks = sorted(name for name in files if name.startswith(pattern[:5]) and name.endswith(pattern[5:]))
+    ranks = sorted(fnmatch.filter(files, RANK_FILES))
     generators = sorted(read_state(checkpoint / ranks[0])["random"]) if ranks else []
     return {"ranks": len(ranks), "generators": generators}
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -85,11 +83,6 @@ def to_write(pieces: Iterable[Piece], rank: int, world_size: int) -> Iterator[Pi
         if start < stop:
             yield piece.part(piece.start + start, piece.start + stop)
         at += size
-
-
-def is_elementwise(value: Any, parameter: Tensor) -> bool:
-    """Return whether an optimizer's state has an element for each of the parameter's."""
-    return isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape == parameter.shape
 
 
 def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch.distributed import Store
 
-from paperscale.training.checkpoint import Retention, all_checkpoints, publish, step_of
+from paperscale.training.checkpoint import Retention, all_checkpoints, checkpoint_name, publish, step_of
 
 _CHUNK = 16 << 20
 _LOOK_S = 0.05
@@ -126,7 +126,7 @@ class Saver:
             self._outcome = _what(error)
 
     def _partial(self, step: int) -> Path:
-        return self.folder / f".step-{step:08d}.partial-{self.attempt}"
+        return self.folder / f".{checkpoint_name(step)}.partial-{self.attempt}"
 
     def _write(self, job: Job) -> dict[str, Any]:
         """Write this rank's files; return their sizes and hashes, or what went wrong."""
@@ -161,7 +161,7 @@ class Saver:
         return self.store.get(key).decode()
 
     def _publish(self, job: Job, written: list[dict[str, Any]]) -> str:
-        partial, final = self._partial(job.step), self.folder / f"step-{job.step:08d}"
+        partial, final = self._partial(job.step), self.folder / checkpoint_name(job.step)
         try:
             error = next((part["error"] for part in written if "error" in part), "")
             if not error and not self.is_current():

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from paperscale.training.strategies import ZERO
+
 _OF_STAGE = {1: ("optimizer",), 2: ("optimizer", "gradients"), 3: ("optimizer", "gradients", "parameters")}
-_ZERO = re.compile(r"deepspeed_zero([123])(?:_(offload|nvme))?")
 _CLASSES = {"ZeroStrategy": "zero", "FSDP2Strategy": "fsdp", "SingleDeviceStrategy": "single"}
 
 
@@ -44,9 +44,8 @@ def sharding(strategy: Any, world_size: int = 2) -> Sharding:
         return Sharding("single", "single") if alone else Sharding("ddp", "ddp")
     if strategy == "fsdp":
         return Sharding(strategy, "fsdp", _OF_STAGE[3])
-    if found := _ZERO.fullmatch(strategy):
-        stage, where = int(found[1]), found[2]
-        return _zero(strategy, stage, bool(where), bool(where))
+    if strategy in ZERO:
+        return _zero(strategy, ZERO[strategy])
     return Sharding(strategy, "ddp")
 
 
@@ -65,14 +64,14 @@ def _of_class(strategy: Any) -> Sharding:
     if kind == "fsdp":
         return Sharding(name, kind, _OF_STAGE[3], _OF_STAGE[3] if options.get("offload") else ())
     if kind == "zero":
-        offloads = (bool(options.get(f"offload_{part}")) for part in ("optimizer", "parameters"))
-        return _zero(name, int(options.get("stage", 2)), *offloads)
+        return _zero(name, options)
     return Sharding("single" if kind == "single" else name, kind)
 
 
-def _zero(name: str, stage: int, optimizer: bool, parameters: bool) -> Sharding:
+def _zero(name: str, options: Mapping[str, Any]) -> Sharding:
     """Return what ZeRO divides; where the optimizer is on the CPU, gradients go there as they are made."""
-    offloaded = (("optimizer", "gradients") if optimizer else ()) + (
-        ("parameters",) if parameters and stage == 3 else ()
+    stage = int(options.get("stage", 2))
+    offloaded = (("optimizer", "gradients") if options.get("offload_optimizer") else ()) + (
+        ("parameters",) if options.get("offload_parameters") and stage == 3 else ()
     )
     return Sharding(name, "zero", _OF_STAGE[stage], offloaded)

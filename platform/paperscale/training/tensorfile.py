@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from paperscale.errors import UserError
+from paperscale.training.checkpoint import TENSOR_FILES
 from paperscale.training.pieces import Piece
 
 DTYPES = {
@@ -206,7 +207,7 @@ class TensorReader:
     def _files(self) -> list[Path]:
         if self.checkpoint.is_file():
             return [self.checkpoint]
-        own = sorted(self.checkpoint.glob(tensor_file(0).replace("00000", "*")))
+        own = sorted(self.checkpoint.glob(TENSOR_FILES))
         return own or sorted(self.checkpoint.glob("*.safetensors"))
 
     def _index(self, path: Path) -> None:

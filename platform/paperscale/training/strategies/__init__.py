@@ -14,6 +14,15 @@ from paperscale.errors import UserError, nearest
 if TYPE_CHECKING:
     from paperscale.training.strategies.portable import PortableStrategy
 
+ZERO: dict[str, dict[str, Any]] = {
+    "deepspeed_zero1": {"stage": 1},
+    "deepspeed_zero2": {"stage": 2},
+    "deepspeed_zero3": {"stage": 3},
+    "deepspeed_zero2_offload": {"stage": 2, "offload_optimizer": "cpu"},
+    "deepspeed_zero3_offload": {"stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"},
+    "deepspeed_zero3_nvme": {"stage": 3, "offload_optimizer": "nvme", "offload_parameters": "nvme"},
+}
+"""The options of ``ZeroStrategy`` that names stand for."""
 NAMES = {
     "ddp": "every process holds the whole model and optimizer; gradients are averaged",
     "fsdp": "FSDP2: weights, gradients and optimizer state are divided by rows",
@@ -32,23 +41,12 @@ _CLASSES = {
     "FSDP2Strategy": "fsdp",
     "ZeroStrategy": "zero",
 }
-_OFFLOAD = {
-    "": {},
-    "_offload": {"offload_optimizer": "cpu"},
-    "_nvme": {"offload_optimizer": "nvme", "offload_parameters": "nvme"},
-}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _CLASSES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_CLASSES[name]}"), name)
-
-
-def is_sharded(strategy: Any) -> bool:
-    """Return whether a strategy, by name or as an object, divides state over processes (and needs their group)."""
-    name = strategy if isinstance(strategy, str) else type(strategy).__name__
-    return name.startswith(("fsdp", "deepspeed", "FSDP2Strategy", "ZeroStrategy"))
 
 
 def make(strategy: Any, world_size: int, device: str = "cpu", by_hand: bool = False) -> PortableStrategy:
@@ -58,7 +56,7 @@ def make(strategy: Any, world_size: int, device: str = "cpu", by_hand: bool = Fa
         strategy: the recipe's ``trainer.strategy``: a name, or an object of one of these classes.
         world_size: processes.
         device: ``cpu``, ``cuda`` or ``mps``.
-        by_hand: whether the model steps several optimizers itself: a backward pass then leaves some parameters out.
+        by_hand: whether the model steps its optimizers itself: a backward pass may then leave some parameters out.
 
     Raises:
         UserError: there is no such strategy.
@@ -83,12 +81,8 @@ def make(strategy: Any, world_size: int, device: str = "cpu", by_hand: bool = Fa
         from paperscale.training.strategies.fsdp import FSDP2Strategy
 
         return FSDP2Strategy()
-    if strategy in NAMES:
+    if strategy in ZERO:
         from paperscale.training.strategies.zero import ZeroStrategy
 
-        stage: Any = int(strategy[len("deepspeed_zero")])
-        options: dict[str, Any] = dict(_OFFLOAD[strategy[len("deepspeed_zero") + 1 :]])
-        if stage == 3 and options.get("offload_optimizer") == "cpu":
-            options["offload_parameters"] = "cpu"
-        return ZeroStrategy(stage, on_gpu=device == "cuda", **options)
+        return ZeroStrategy(on_gpu=device == "cuda", **ZERO[strategy])
     raise UserError(f"trainer.strategy={strategy}: there is no such strategy{nearest(strategy, NAMES)}")

@@ -24,11 +24,11 @@ from paperscale.errors import UserError
 from paperscale.training.blocks import separable_blocks
 from paperscale.training.memory import freed_at_once
 from paperscale.training.pieces import Piece, piece_of
+from paperscale.training.precision import MIXED
 from paperscale.training.strategies.batchnorm import normalise_in_32_bits
 from paperscale.training.strategies.portable import PortableStrategy
 
 _STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
-_REDUCED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class FSDP2Strategy(PortableStrategy, ModelParallelStrategy):
@@ -46,11 +46,7 @@ class FSDP2Strategy(PortableStrategy, ModelParallelStrategy):
 
     strategy_name = "fsdp"
 
-    def __init__(
-        self,
-        reshard_after_forward: bool = True,
-        offload: bool = False,
-    ):
+    def __init__(self, reshard_after_forward: bool = True, offload: bool = False):
         super().__init__(tensor_parallel_size=1)
         self.reshard_after_forward, self.offload = reshard_after_forward, offload
 
@@ -76,7 +72,7 @@ class FSDP2Strategy(PortableStrategy, ModelParallelStrategy):
             for name, tensor in (*module.named_parameters(), *module.named_buffers())
             if self.initial is not None
         }
-        dtype = _REDUCED.get(str(self.precision_plugin.precision))
+        dtype = MIXED.get(str(self.precision_plugin.precision))
         policy = MixedPrecisionPolicy(dtype, torch.float32 if dtype else None, cast_forward_inputs=False)
         settings: dict[str, Any] = {
             "mesh": self.device_mesh["data_parallel"],

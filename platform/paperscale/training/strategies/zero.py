@@ -21,6 +21,7 @@ from paperscale.errors import UserError
 from paperscale.training.memory import freed_at_once
 from paperscale.training.operators import prepare
 from paperscale.training.pieces import Piece, piece_of
+from paperscale.training.precision import MIXED, TRUE
 from paperscale.training.strategies.batchnorm import normalise_in_32_bits
 from paperscale.training.strategies.nvme import (
     SwapFolder,
@@ -47,12 +48,7 @@ from paperscale.training.tensorfile import TensorReader
 Place = Literal["cpu", "nvme"]
 _MB = 1 << 20
 _WHOLE = 10**12  # elements of a sub-group: all of a parameter group
-_DTYPES = {
-    "bf16-mixed": torch.bfloat16,
-    "bf16-true": torch.bfloat16,
-    "16-mixed": torch.float16,
-    "16-true": torch.float16,
-}
+_DTYPES = {name: dtype for name, dtype in {**MIXED, **TRUE}.items() if dtype.itemsize == 2}
 """Types of the model's own weights; the optimizer works on 32-bit masters."""
 
 
@@ -375,6 +371,15 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
+    def _write_shares(self) -> None:
+        """Write copies of weights that are not trained back."""
+        assert self.lightning_module is not None  # noqa: S101
+        for parameter in self.lightning_module.parameters():
+            copy = self._copies.pop(parameter, None)
+            if copy is not None:
+                with weight_in_memory(parameter, write=True) as share:
+                    share.copy_(copy)
+
     # -- accumulation ------------------------------------------------------------------------------------------
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -388,15 +393,6 @@ class ZeroStrategy(PortableStrategy, DeepSpeedStrategy):
         result = closure()
         self.deepspeed_engine.step()
         return result
-
-    def _write_shares(self) -> None:
-        """Write copies of weights that are not trained back."""
-        assert self.lightning_module is not None  # noqa: S101
-        for parameter in self.lightning_module.parameters():
-            copy = self._copies.pop(parameter, None)
-            if copy is not None:
-                with weight_in_memory(parameter, write=True) as share:
-                    share.copy_(copy)
 
     # -- gradients ---------------------------------------------------------------------------------------------
 
