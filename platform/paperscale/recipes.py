@@ -113,6 +113,12 @@ def split_override(word: str) -> tuple[str, str] | None:
     return (match[1], match[2]) if match else None
 
 
+def _path_of_data(key: str, value: str) -> tuple[str, str]:
+    """Let ``data=PATH`` say which set a recipe trains on; ``data=CLASS`` and ``data={...}`` are the parser's."""
+    is_path = key == "data" and not value.startswith("{") and ("/" in value or Path(value).is_dir())
+    return ("data.path", value) if is_path else (key, value)
+
+
 @dataclass(frozen=True)
 class RecipeArguments:
     """A recipe, the overlays merged over it, and the values set on the command line, in order."""
@@ -131,7 +137,7 @@ class RecipeArguments:
         paths, overrides = [], []
         for word in words:
             if override := split_override(word):
-                overrides.append(override)
+                overrides.append(_path_of_data(*override))
             else:
                 paths.append(find(word))
                 read(paths[-1])
