@@ -49,4 +49,25 @@ def test_the_goals_are_judged_by_the_median_of_enough_rounds():
     assert met(results(rounds=4)) == [None, None]
     assert "not met" in markdown(results(share=1.04))
     assert "not judged" in markdown(results(rounds=4))
-    assert results().case("tiny").logging("ours") == [50.0] * 5
+    assert results().cases[0].logging("ours") == [50.0] * 5
+
+
+def test_a_goal_whose_work_was_not_measured_is_not_spoken_of():
+    only = results()
+    only.cases = [case for case in only.cases if case.work == "resnet20"]
+    assert list(only.to_json()["goals"]) == ["ResNet-20 with 5 metrics, times the bare loop"]
+    assert "µs a step (the tiny network)" not in markdown(only)
+    only.cases = []
+    assert "Goals" not in markdown(only)
+
+
+@pytest.mark.slow
+def test_works_and_numbers_of_ranks_can_be_chosen(capsys):
+    assert main(["bench", "step", "--quick", "--json", "--works", "resnet20", "--ranks", "1"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [(case["work"], case["world_size"]) for case in printed["cases"]] == [("resnet20", 1)]
+
+
+def test_an_unknown_work_is_refused(capsys):
+    assert main(["bench", "step", "--works", "resnet21"]) == 2
+    assert "no work 'resnet21'; there are tiny, resnet20, transformer" in capsys.readouterr().err

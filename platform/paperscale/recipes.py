@@ -16,6 +16,7 @@ from paperscale import assets
 from paperscale.errors import UserError, nearest
 
 HEADER_FIELDS = ("run", "needs", "paper", "measured")
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # seven times as fast, where it was built
 _OVERRIDE = re.compile(r"^-{0,2}([A-Za-z_][\w.]*\+?)=(.*)$", re.DOTALL)  # key=value, key+=value
 
 
@@ -44,9 +45,13 @@ class RecipeHeader:
 
 
 def all_recipes() -> dict[str, Path]:
-    """Return every recipe by name: those that ship with Paperscale, then ``./recipes`` of the user's project."""
+    """Return every recipe by name: those that ship with Paperscale, then ``./recipes`` of the user's project.
+
+    A file whose name begins with ``_`` is no recipe: ``_report.yaml`` says what a paper's report shows.
+    """
     folders = [assets.recipes_dir(), Path("recipes").resolve()]
-    return {path.stem: path for folder in folders for path in sorted(folder.rglob("*.yaml"))}
+    paths = (path for folder in folders for path in sorted(folder.rglob("*.yaml")))
+    return {path.stem: path for path in paths if not path.name.startswith("_")}
 
 
 def find(name: str) -> Path:
@@ -99,7 +104,7 @@ def read(path: Path) -> dict[str, Any]:
         UserError: it is not valid YAML.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), Loader=_LOADER)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from paperscale.data import ImageShards, augment, jpeg
+from paperscale.data import ImageShards, augment, jpeg, meanimage, randaugment
 from paperscale.data.augment import Draws
 from paperscale.data.images import Memory
 from paperscale.data.writer import ShardWriter
@@ -343,6 +343,13 @@ def test_labels_may_be_of_another_field_or_absent(photos):
         ({"crop": "scale_jitter", "jitter": (20, 50)}, "data.size=32 or more: raise it"),
         ({"eval_crop": "center", "resize": 30}, "raise data.resize"),
         ({"crop": "random_resized", "size": None}, "data.crop=random_resized needs a size: set data.size"),
+        ({"auto_augment": "random"}, "data.auto_augment=random: choose rand"),
+        ({"rand_magnitude": 31}, "give a magnitude from 0 to 30"),
+        ({"erase": 10}, "data.erase=10 is a probability: give 0 to 1"),
+        ({"normalize": "pixels"}, "choose channel, pixel.*did you mean 'pixel'"),
+        ({"normalize": "pixel", "crop": "center"}, "data.crop=center.*or data.normalize=channel$"),
+        ({"normalize": "pixel", "eval_size": 40}, "data.eval_size=40.*or data.normalize=channel$"),
+        ({"eval_crop": "center", "eval_size": 41}, "data.resize=40 is less than data.eval_size=41: raise data.resize"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(photos, options, message):
@@ -353,6 +360,90 @@ def test_arguments_that_make_no_sense_are_refused(photos, options, message):
 def test_images_of_many_sizes_need_a_size(photos):
     with pytest.raises(UserError, match=r"differ in size: set data.size"):
         batches(photo_module(photos, size=None))
+    with pytest.raises(UserError, match=r"differ in size: set data.size=?.* or data\.normalize=channel$"):
+        batches(photo_module(photos, size=None, normalize="pixel"))
+
+
+def test_training_and_evaluation_may_have_different_resolutions(photos):
+    data = photo_module(photos, crop="random_resized", size=24, eval_crop="center", eval_size=32)
+    assert next(iter(data.train_dataloader()))["image"].shape == (5, 3, 24, 24)
+    found = pictures(data.val_dataloader())
+    expected = pictures(photo_module(photos, eval_crop="center").val_dataloader())
+    assert all(np.array_equal(found[number], expected[number]) for number in range(PHOTOS))
+    whole = photo_module(photos, crop="none", size=24, eval_size=32)
+    assert next(iter(whole.val_dataloader()))["image"].shape[-2:] == (32, 32)
+
+
+# -- normalisation by the mean image, erasing --------------------------------------------------------------------------
+
+
+def test_the_mean_image_is_subtracted_before_images_are_mirrored_padded_and_cropped(own_shards):
+    images = np.stack([image_of("train", number)[0] for number in range(SIZES["train"])]) / 255
+    mean = images.mean(0)
+    data = module(own_shards, crop_padding=2, normalize="pixel")
+    seen = set()
+    for batch in data.train_dataloader():
+        places = batch["place"].tolist()
+        ready = data.on_after_batch_transfer(batch, 0)
+        assert "place" not in ready
+        for sample, (top, left, flip), got in zip(batch["sample"].tolist(), places, ready["image"], strict=True):
+            centred = images[sample] - mean
+            expected = np.pad(centred[:, ::-1] if flip else centred, 2)[top : top + 8, left : left + 8]
+            assert np.abs(got[0].numpy() - expected).max() < 1e-6
+            seen.add((top, left, flip))
+    assert len(seen) > 40
+    batch = next(iter(data.val_dataloader()))
+    got = data.on_after_batch_transfer(batch, 0)["image"]
+    assert torch.allclose(got, batch["image"] / 255 - torch.from_numpy(mean).float(), atol=1e-6)
+
+
+def test_the_mean_image_is_kept_beside_the_set_and_made_again_where_it_is_damaged(own_shards):
+    def normalised() -> torch.Tensor:
+        data = module(own_shards, normalize="pixel")
+        return data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)["image"]
+
+    first = normalised()
+    (kept,) = own_shards.glob("mean-*.npy")
+    np.save(kept, np.load(kept) + 255)
+    assert torch.allclose(normalised(), first - 1, atol=1e-6), "it is read"
+    kept.write_bytes(kept.read_bytes()[:100])
+    assert torch.equal(normalised(), first)
+    assert np.load(kept).shape == (1, 8, 8)
+
+
+def test_the_mean_of_a_large_set_is_over_blocks_at_even_distances():
+    assert meanimage.blocks(600, 64, 64) == [(0, 250), (250, 500), (500, 600)]
+    large = meanimage.blocks(1_281_167, 64, 64)
+    assert sum(stop - start for start, stop in large) == 60_000
+    assert large[-1][0] > 1_270_000
+    assert meanimage.blocks(10_000, 5000, 5000) == [(0, 250)]
+
+
+def test_a_share_of_the_images_has_a_box_erased(tiny_shards):
+    data, whole = module(tiny_shards, erase=0.25), module(tiny_shards)
+    erased = []
+    for batch, plain in zip(data.train_dataloader(), whole.train_dataloader(), strict=True):
+        ready = data.on_after_batch_transfer(batch, 0)["image"]
+        plain = whole.on_after_batch_transfer(plain, 0)["image"]
+        for sample, got, image in zip(batch["sample"].tolist(), ready[:, 0], plain[:, 0], strict=True):
+            top, left, height, width = augment.erased(Draws(5, 0, sample), 8, 8, 0.25)
+            image[top : top + height, left : left + width] = 0
+            assert torch.equal(got, image)
+            erased.append(height * width / 64)
+    boxes = [share for share in erased if share]
+    assert 0.15 < len(boxes) / len(erased) < 0.35
+    assert min(boxes) < 0.1
+    assert 0.3 < max(boxes) < 0.5
+
+
+def test_rand_augment_changes_training_images_alone(photos):
+    plain, changed = photo_module(photos, crop="none"), photo_module(photos, crop="none", auto_augment="rand")
+    before, after = pictures(plain.train_dataloader()), pictures(changed.train_dataloader())
+    for number, image in before.items():
+        randaugment.rand_augment(image, Draws(5, 0, number))
+        assert np.array_equal(after[number], image)
+    before, after = pictures(plain.val_dataloader()), pictures(changed.val_dataloader())
+    assert all(np.array_equal(after[number], image) for number, image in before.items())
 
 
 def test_sets_without_images_or_labels_are_refused_at_the_start(tmp_path, tiny_shards):

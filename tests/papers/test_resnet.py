@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from paperscale.data.images import Ragged
 from paperscale.errors import UserError
+from paperscale.nn.ensemble import Ensemble
 from paperscale.papers.resnet import (
     VGG,
     BasicBlock,
@@ -270,6 +271,8 @@ def test_each_way_of_testing_names_what_it_reproduces():
     model = ResNetClassifier(CifarResNet(1))
     assert "tables 2 and 3" in model.reproduces("ten")
     assert "table 4" in model.reproduces("dense")
+    model.network = Ensemble([CifarResNet(1), CifarResNet(1)])
+    assert model.reproduces("dense").endswith("several scales: table 5")
 
 
 # -- torchvision -------------------------------------------------------------------------------------------------

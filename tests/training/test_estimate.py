@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from paperscale.papers.resnet import ResNetClassifier
 from paperscale.recipes import RecipeArguments
+from paperscale.training import speed
+from paperscale.training.blocks import blocks
 from paperscale.training.estimate import Estimate, estimate, gib
 from paperscale.training.recipe import RecipeCLI
 from paperscale.training.sharding import sharding
@@ -55,6 +57,7 @@ def recipe(path: Path, *words: str, device: str = "meta") -> RecipeCLI:
 def really_kept(cli: RecipeCLI, dtype: torch.dtype | None = None) -> int:
     """The bytes that autograd keeps in a real training step on the CPU."""
     model, data = cli.model, cli.datamodule
+    speed.apply(cli.config_init.speed, model)
     model.log = lambda *_, **__: None
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -77,6 +80,42 @@ def test_activations_are_what_a_real_step_keeps(tiny_recipe, words):
     found = estimate(recipe(tiny_recipe, *words), 1)
     assert found.unknown == ()
     assert found.activations == pytest.approx(really_kept(recipe(tiny_recipe, *words, device="cpu")), rel=0.01)
+
+
+RESNET_18 = (
+    "model.network={class_path: paperscale.papers.resnet.ResNet, init_args: {depth: 18, classes: 8}}",
+    "data.size=64",
+    "data.global_batch_size=4",
+)
+
+
+def test_activations_of_a_resnet_18_are_exact_to_the_byte(tiny_recipe):
+    words = (*RESNET_18, "speed.channels_last=true")
+    found = estimate(recipe(tiny_recipe, *words), 1)
+    assert found.activations == really_kept(recipe(tiny_recipe, *words, device="cpu"))
+
+
+def test_checkpointing_keeps_the_inputs_of_blocks_and_computes_one_again(tiny_recipe):
+    words = ("model.network.init_args.n=3", "speed.activation_checkpointing=blocks")
+    whole, found = estimate(recipe(tiny_recipe, words[0]), 1), estimate(recipe(tiny_recipe, *words), 1)
+    cli = recipe(tiny_recipe, *words, device="cpu")
+    inputs = []
+    for _, block in blocks(cli.model):
+        block.register_forward_pre_hook(lambda _, args: inputs.append(args[0].nbytes))
+    kept = really_kept(cli)
+    assert len(inputs) == 9
+    map_of_16 = 4 * 32 * 16 * 8 * 8  # bytes: batch, channels, height, width
+    assert kept == pytest.approx(sum(inputs) + map_of_16, rel=0.1), "and the first convolution's, which is in no block"
+    assert kept < found.activations < 0.5 * whole.activations
+    assert 4 * map_of_16 <= found.activations - kept <= 5 * map_of_16, "what two convolutions and norms keep"
+
+
+def test_no_shards_are_needed_where_the_recipe_tells_the_shapes(tiny_recipe):
+    words = ("data.mixup=0.2", "data.normalize=pixel", "data.erase=0.1")
+    here = estimate(recipe(tiny_recipe, *words, "data.size=8"), 2)
+    absent = estimate(recipe(tiny_recipe, *words, "data.size=8", "data.path=/nowhere"), 2)
+    assert absent == here
+    assert absent.unknown == ()
 
 
 def test_activations_in_mixed_precision(tiny_recipe):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from paperscale.bench.consolidate import measure, write_toy
 from paperscale.errors import UserError
 from paperscale.jobs.exporting import export_as
+from paperscale.papers.resnet import ResNet, ResNetClassifier
 from paperscale.training import consolidate
 from paperscale.training.checkpoint import publish
 from paperscale.training.initial import match, read_initial, renamed
@@ -148,6 +151,12 @@ def test_a_paper_gives_its_weights_the_names_of_another_library(tmp_path, tiny_s
     (checkpoint / "recipe.yaml").write_text(recipe_of(tiny_shards, formats=["torchvision"]))
     with pytest.raises(UserError, match=r"Exportable has no names of huggingface.*leave --format out"):
         export_as("huggingface", checkpoint, weights, tmp_path / "no", None, {})
+    network = {"class_path": "paperscale.papers.resnet.ResNet", "init_args": {"depth": 18, "shortcut": "A"}}
+    model = {"class_path": "paperscale.papers.resnet.ResNetClassifier", "init_args": {"network": network}}
+    recipe = {**yaml.safe_load(recipe_of(tiny_shards)), "model": model}
+    (checkpoint / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(UserError, match=r"torchvision has no ResNet-18 with shortcut=A.*leave --format out"):
+        export_as("torchvision", checkpoint, weights, tmp_path / "no", None, {})
     assert not (tmp_path / "no").exists()
 
 
@@ -162,6 +171,30 @@ def test_tied_weights_fit_by_either_of_their_names(tmp_path):
     assert torch.equal(other.small, model.small), "converted"
     assert (fits.missing[0], fits.unexpected) == ("norm.weight", [])
     assert len(list(match(nn.ModuleList([Tied() for _ in range(9)]), renamed(weights, "/0.")).lines())) > 9
+
+
+def test_weights_are_known_by_the_names_of_another_library(tmp_path):
+    model, other = (ResNetClassifier(ResNet(18, classes=10)) for _ in range(2))
+    state, names = model.state_dict(), model.export_names("torchvision")
+    foreign = {names[name]: tensor for name, tensor in state.items() if "num_batches_tracked" not in name}
+    foreign |= {"fc.weight": torch.ones(1000, 512), "fc.bias": torch.ones(1000)}
+    path = tmp_path / "old.pth"
+    torch.save(foreign, path, _use_new_zipfile_serialization=False)  # as PyTorch wrote it before 1.6
+    before = other.network.fc.weight.clone()
+    fits = read_initial(other, path, None)
+    assert str(fits) == f"100 tensors from {path}, named as torchvision names them, 2 of another shape"
+    assert torch.equal(other.network.conv5_x[1].conv2.weight, model.network.conv5_x[1].conv2.weight)
+    assert torch.equal(other.network.conv3_x[0].shortcut[1].bias, state["network.conv3_x.0.shortcut.1.bias"])
+    assert torch.equal(other.network.fc.weight, before), "trained from the beginning"
+    parallel = {f"module.{name}": tensor for name, tensor in foreign.items()}
+    torch.save({"model": parallel, "args": argparse.Namespace(lr=0.1)}, tmp_path / "parallel.pth")
+    with pytest.raises(
+        UserError, match=r"'module.' taken off they give 100 of the model's 122: add init_prefix=module./"
+    ):
+        match(other, open_weights(tmp_path / "parallel.pth"))
+    weights = renamed(open_weights(tmp_path / "parallel.pth"), "module./")
+    assert (match(other, weights).library, match(other, weights).missing) == ("torchvision", [])
+    assert match(other, replace(weights, tensors={f"network.{n}": w for n, w in weights.tensors.items()})).library == ""
 
 
 class Hostile:

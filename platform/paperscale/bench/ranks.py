@@ -15,7 +15,7 @@ from typing import Any
 from paperscale.assets import PACKAGE
 from paperscale.errors import UserError
 
-_LIMIT_S = 120.0  # of a training, or of the imports
+_LIMIT_S = 120.0
 
 Rows = list[dict[str, Any]]
 
@@ -33,6 +33,7 @@ def run_ranks(
     threads: int,
     progress: Callable[[int], None] = lambda done: None,
     prepare: Callable[[Path], None] = lambda folder: None,
+    limit_s: float = _LIMIT_S,
 ) -> list[Rows]:
     """Run ``python -m MODULE FOLDER WORDS...`` once for each rank; return each rank's lines.
 
@@ -43,6 +44,7 @@ def run_ranks(
         threads: of each rank.
         progress: called with the number of rank 0's lines.
         prepare: called with the folder before they start.
+        limit_s: of a training, or of the imports.
 
     Raises:
         UserError: a rank does not get to its end.
@@ -52,7 +54,7 @@ def run_ranks(
         prepare(folder)
         ranks = [_start(module, folder, rank, world_size, words, threads) for rank in range(world_size)]
         try:
-            _wait(ranks, folder, progress)
+            _wait(ranks, folder, progress, limit_s)
         finally:
             for rank in ranks:
                 rank.kill()
@@ -71,22 +73,22 @@ def _start(
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, env=environment)
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]], folder: Path, progress: Callable[[int], None]) -> None:
+def _wait(
+    ranks: Sequence[subprocess.Popen[bytes]], folder: Path, progress: Callable[[int], None], limit_s: float
+) -> None:
     """Wait for all ranks; one that fails, or none that moves on, is the end."""
-    done, deadline = 0, time.monotonic() + _LIMIT_S
+    done, deadline = 0, time.monotonic() + limit_s
     while True:
         codes = [rank.poll() for rank in ranks]
         if any(codes) or time.monotonic() > deadline:
             number = next((rank for rank, code in enumerate(codes) if code), 0)
             lines = (folder / f"{number}.log").read_text().strip().splitlines() or ["no reason given"]
-            what = (
-                f"ended with exit code {codes[number]}" if codes[number] else f"has not moved on for {_LIMIT_S:.0f} s"
-            )
+            what = f"ended with exit code {codes[number]}" if codes[number] else f"has not moved on for {limit_s:.0f} s"
             raise UserError(f"rank {number} of the benchmark {what}: {lines[-1]}; run it again, alone on the machine")
         if all(code == 0 for code in codes):
             return
         if (now := len(_rows(folder, 0))) > done:
-            done, deadline = now, time.monotonic() + _LIMIT_S
+            done, deadline = now, time.monotonic() + limit_s
             progress(done)
         time.sleep(0.1)
 

@@ -14,8 +14,8 @@ from paperscale.bench import data, environments, report
 from paperscale.bench.measure import WORKS, Bench
 from paperscale.bench.registry import PEERS
 from paperscale.bench.report import Results
-from paperscale.bench.turns import publish
-from paperscale.errors import FINISHED, UserError, nearest
+from paperscale.bench.turns import chosen, publish
+from paperscale.errors import FINISHED, UserError
 
 _SECONDS = 2.0
 
@@ -27,8 +27,8 @@ def run(options: argparse.Namespace) -> int:
         UserError: a work or a peer is unknown, or the samples cannot be made.
     """
     console = Console(stderr=options.json)
-    works = _chosen("work", options.only, list(WORKS))
-    peers = _chosen("peer", options.peers, list(PEERS))
+    works = chosen("work", options.only, list(WORKS))
+    peers = chosen("peer", options.peers, list(PEERS))
     if not Path("/proc/self/smaps_rollup").exists():
         raise UserError("the benchmark reads Linux's /proc, which is not there; run it on Linux")
     cache = environments.cache_folder()
@@ -37,15 +37,6 @@ def run(options: argparse.Namespace) -> int:
     results = measure(cache, works, peers, options.rounds, options.quick, console)
     publish(options, "data", results, lambda: show(results, console), report.markdown)
     return FINISHED
-
-
-def _chosen(what: str, names: str | None, known: list[str]) -> list[str]:
-    """Return the names of a comma-separated list, in the known order; all of them without a list."""
-    wanted = known if names is None else names.split(",")
-    for name in wanted:
-        if name not in known:
-            raise UserError(f"no {what} '{name}'; there are {', '.join(known)}{nearest(name, known)}")
-    return [name for name in known if name in wanted]
 
 
 def measure(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -19,7 +19,7 @@ from paperscale.bench.ranks import run_ranks
 from paperscale.bench.report import hardware, spread
 from paperscale.bench.step_rank import METRICS, QUICK
 from paperscale.bench.step_works import WORKS, write_set
-from paperscale.bench.turns import as_markdown, as_table, made_by, run_in_turns
+from paperscale.bench.turns import as_markdown, as_table, chosen, made_by, run_in_turns
 
 WORLD_SIZES = (1, 2)
 WAYS = {
@@ -94,22 +94,19 @@ class Results:
     day: str = field(default_factory=lambda: date.today().isoformat())
     hardware: dict[str, str] = field(default_factory=hardware)
 
-    def case(self, work: str, world_size: int = 1) -> Case:
-        """Return one case."""
-        return next(case for case in self.cases if (case.work, case.world_size) == (work, world_size))
+    def case(self, work: str, world_size: int = 1) -> Case | None:
+        """Return one case; ``None`` where it was not measured."""
+        return next((case for case in self.cases if (case.work, case.world_size) == (work, world_size)), None)
 
     def goals(self) -> dict[str, tuple[float, float]]:
-        """Return what was aimed at: the most, and what was measured."""
-        return {
-            "5 metrics, CPU µs a step (the tiny network)": (
-                _METRICS_GOAL_US,
-                median(self.case("tiny").logging("ours")),
-            ),
-            "ResNet-20 with 5 metrics, times the bare loop": (
-                _STEP_GOAL,
-                median(self.case("resnet20").ratios("ours-5")),
-            ),
-        }
+        """Return what was aimed at, of the cases that were measured: the most, and what was measured."""
+        found = {}
+        if tiny := self.case("tiny"):
+            found["5 metrics, CPU µs a step (the tiny network)"] = (_METRICS_GOAL_US, median(tiny.logging("ours")))
+        if resnet20 := self.case("resnet20"):
+            ratio = median(resnet20.ratios("ours-5"))
+            found["ResNet-20 with 5 metrics, times the bare loop"] = (_STEP_GOAL, ratio)
+        return found
 
     @property
     def judged(self) -> bool:
@@ -129,41 +126,51 @@ def run(options: argparse.Namespace) -> int:
     """Run the benchmark with the options of ``paperscale bench step``.
 
     Raises:
-        UserError: a rank does not get to its end.
+        UserError: a work is unknown, or a rank does not get to its end.
     """
     rounds = 1 if options.quick else options.rounds
-    total = (rounds + (not options.quick)) * len(WAYS) * len(WORKS) * len(WORLD_SIZES)
+    works = chosen("work", options.works, list(WORKS))
+    sizes = [int(size) for size in chosen("number of ranks", options.ranks, [str(size) for size in WORLD_SIZES])]
+    total = (rounds + (not options.quick)) * len(WAYS) * len(works) * len(sizes)
     return run_in_turns(
-        options, "step", total, lambda progress: measure(rounds, options.quick, progress), _show, markdown
+        options, "step", total, lambda done: measure(rounds, options.quick, done, works, sizes), _show, markdown
     )
 
 
 # -- the ranks -----------------------------------------------------------------------------------------------
 
 
-def measure(rounds: int, quick: bool = False, progress: Callable[[int], None] = lambda done: None) -> Results:
+def measure(
+    rounds: int,
+    quick: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
+    works: Sequence[str] = tuple(WORKS),
+    world_sizes: Sequence[int] = WORLD_SIZES,
+) -> Results:
     """Return the figures of every work, way and number of ranks.
 
     Args:
         rounds: of every way.
         quick: a few steps only: does it work?
         progress: called with the number of trainings that are done.
+        works: some of :data:`~paperscale.bench.step_works.WORKS`.
+        world_sizes: numbers of ranks.
 
     Raises:
         UserError: a rank does not get to its end.
     """
     cases: list[Case] = []
-    for number, world_size in enumerate(WORLD_SIZES):
-        before = number * (rounds + (not quick)) * len(WAYS) * len(WORKS)
+    for number, world_size in enumerate(world_sizes):
+        before = number * (rounds + (not quick)) * len(WAYS) * len(works)
         ranks = run_ranks(
             "paperscale.bench.step_rank",
             world_size,
-            [str(rounds), str(int(quick))],
+            [str(rounds), str(int(quick)), *works],
             threads=1,
             progress=lambda done, before=before: progress(before + done),  # type: ignore[misc]
-            prepare=lambda folder, size=world_size: _prepare(folder, size, quick),  # type: ignore[misc]
+            prepare=lambda folder, size=world_size: _prepare(folder, size, quick, works),  # type: ignore[misc]
         )
-        found = {work: Case(work, world_size, ranks[0][0]["device"]) for work in WORKS}
+        found = {work: Case(work, world_size, ranks[0][0]["device"]) for work in works}
         for rows in zip(*ranks, strict=True):
             if rows[0]["round"] < 0:
                 continue
@@ -174,26 +181,26 @@ def measure(rounds: int, quick: bool = False, progress: Callable[[int], None] = 
     return Results(rounds, quick, cases)
 
 
-def _prepare(folder: Path, world_size: int, quick: bool) -> None:
+def _prepare(folder: Path, world_size: int, quick: bool, works: Sequence[str]) -> None:
     """Write the shards, and a run of each work with each number of metrics."""
-    from paperscale.jobs.run import Run, RunInfo, fill
-
-    for work, of in WORKS.items():
+    for work in works:
+        of = WORKS[work]
         warm_up, steps = QUICK if quick else (of.warm_up, of.steps)
         batch = of.batch_size * world_size
         data = write_set(folder / "shards" / work, work, batch * (warm_up + steps + 1))
         data["init_args"].update(global_batch_size=batch, val=None)
         for metrics in METRICS:
             model = {"class_path": "paperscale.bench.step_works.Measured"}
-            recipe = {
-                "model": {**model, "init_args": {"work": work, "metrics": metrics}},
-                "data": data,
-                "trainer": {"max_steps": warm_up + steps},
-                "tracking": {"enabled": False},
-            }
-            name = f"{work}-{metrics}"
-            info = RunInfo(name, work, "local", "local", 1, world_size, name, time.time(), "", str(folder))
-            fill(Run(folder / name), info, yaml.safe_dump(recipe))
+            recipe = {"model": {**model, "init_args": {"work": work, "metrics": metrics}}, "data": data}
+            write_run(folder, f"{work}-{metrics}", recipe, world_size)
+
+
+def write_run(folder: Path, name: str, recipe: dict[str, Any], world_size: int = 1) -> None:
+    """Write a run that a benchmark trains, as ``paperscale submit`` does."""
+    from paperscale.jobs.run import Run, RunInfo, fill
+
+    info = RunInfo(name, name, "local", "local", 1, world_size, name, time.time(), "", str(folder))
+    fill(Run(folder / name), info, yaml.safe_dump({**recipe, "tracking": {"enabled": False}}))
 
 
 # -- the report ----------------------------------------------------------------------------------------------
@@ -225,12 +232,13 @@ def _logging(case: Case) -> list[str]:
     ]
 
 
-def _goals(results: Results) -> str:
+def _goals(results: Results) -> list[str]:
+    """Return the goals in a paragraph, where one of their works was measured."""
     parts = []
     for name, (most, measured) in results.goals().items():
         verdict = ("met" if measured <= most else "not met") if results.judged else "not judged, too few rounds"
         parts.append(f"{name}: at most {most:g}, measured {measured:.3g}: {verdict}.")
-    return "Goals. " + " ".join(parts)
+    return [" ".join(["Goals.", *parts])] if parts else []
 
 
 def markdown(results: Results) -> str:
@@ -245,7 +253,7 @@ def markdown(results: Results) -> str:
         f"[least..most]` of {results.rounds} rounds; in a round all ways take turns in the same processes, and ratios "
         "are taken within a round. Each rank computes on one core, and in all ways keeps the memory that it has freed, "
         "as every rank of Paperscale's does. CPU time is that of all ranks with their threads, which read and decode.",
-        _goals(results),
+        *_goals(results),
     ]
     for case in results.cases:
         parts += [f"## {_title(case)}", as_markdown(_lines(case)), *_logging(case)]
@@ -256,4 +264,4 @@ def _show(results: Results, console: Console) -> None:
     for case in results.cases:
         table = as_table(_lines(case))
         console.print(f"[bold]{_title(case)}", table, *_logging(case), "", sep="\n", highlight=False)
-    console.print(_goals(results))
+    console.print(*_goals(results))

@@ -1,6 +1,6 @@
 """One rank of ``paperscale bench step``: every work in every way, in turns.
 
-    RANK=0 WORLD_SIZE=2 python -m paperscale.bench.step_rank FOLDER ROUNDS QUICK
+    RANK=0 WORLD_SIZE=2 python -m paperscale.bench.step_rank FOLDER ROUNDS QUICK WORK...
 
 The folder holds a run for each work and number of metrics, as ``paperscale submit`` would make it. Every rank writes a
 line of JSON for each training, with its ``round``, ``work``, ``way`` and a step's ``wall_us`` and ``cpu_us``.
@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,10 @@ from paperscale.bench.step_works import WORKS, Measured, network, sgd
 from paperscale.jobs.environment import JobEnvironment
 from paperscale.jobs.run import Attempt, Run
 from paperscale.jobs.worker import Worker
+from paperscale.training import speed
 from paperscale.training.memory import keep_freed_memory
 from paperscale.training.recipe import RecipeCLI
+from paperscale.training.sharding import sharding
 
 METRICS = (0, 5)
 QUICK = (2, 3)
@@ -57,6 +60,31 @@ class Timed(Callback):
             self.clock.begin()
         elif trainer.global_step == self.warm_up + self.steps:
             self.result = self.clock.read(self.steps)
+
+
+def train_run(run: Run, number: int, timed: Timed, store: dist.Store | None = None) -> None:
+    """Train a run from its start in this process, as its worker does, and time it.
+
+    Args:
+        run: as ``paperscale submit`` makes it.
+        number: of its attempt.
+        timed: says how many steps there are.
+        store: shared by the ranks; ``None`` for one.
+    """
+    attempt = Attempt(run.path / "attempts" / f"{number:04d}")
+    attempt.path.mkdir(exist_ok=True)
+    worker = Worker(run, attempt)
+    if worker.rank == 0:  # or the training would go on from the one before
+        shutil.rmtree(run.checkpoints)
+        run.checkpoints.mkdir()
+    worker.choose_checkpoint()
+    worker.store = store
+    cli = RecipeCLI([f"--config={run.recipe}", f"--trainer.max_steps={timed.warm_up + timed.steps}"])
+    speed.apply(cli.config_init.speed, cli.model)
+    worker.sharding = sharding(cli.config.trainer.strategy, worker.world_size)
+    trainer: Any = worker.build_trainer(cli, None)
+    trainer.callbacks.append(timed)
+    trainer.fit(cli.model, datamodule=cli.datamodule)
 
 
 class Ways:
@@ -126,23 +154,15 @@ class Ways:
 
     def ours(self, metrics: int) -> dict[str, float]:
         """A run of Paperscale's: shards, position, agreement, pulse, progress, checkpoints."""
-        run = self._run(metrics)
         self._trainings += 1
-        attempt = Attempt(run.path / "attempts" / f"{self._trainings:04d}")
-        attempt.path.mkdir(exist_ok=True)
-        worker = Worker(run, attempt)
-        worker.choose_checkpoint()  # each training begins at the start all the same
-        worker.store = self.store and dist.PrefixStore(f"{self.work}/{self._trainings}/", self.store)
-        cli = RecipeCLI([f"--config={run.recipe}"])
+        store = self.store and dist.PrefixStore(f"{self.work}/{self._trainings}/", self.store)
         timed = Timed(self.clock, self.warm_up, self.steps)
-        trainer: Any = worker.build_trainer(cli, None)
-        trainer.callbacks.append(timed)
-        trainer.fit(cli.model, datamodule=cli.datamodule)
+        train_run(self._run(metrics), self._trainings, timed, store)
         return timed.result
 
 
-def main(folder: Path, rounds: int, quick: bool) -> None:
-    """Train every work in every way, in turns; each round begins with another."""
+def main(folder: Path, rounds: int, quick: bool, works: Sequence[str]) -> None:
+    """Train works in every way, in turns; each round begins with another."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     on_gpu = torch.cuda.device_count() >= world_size
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
@@ -151,7 +171,7 @@ def main(folder: Path, rounds: int, quick: bool) -> None:
         store = connect(folder, rank, world_size)
         dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size)
     where = torch.cuda.get_device_name(device) if on_gpu else "CPU"
-    ways = {work: Ways(folder, work, device, store, quick).all() for work in WORKS}
+    ways = {work: Ways(folder, work, device, store, quick).all() for work in works}
     for number in range(0 if quick else -1, rounds):  # round -1 is not counted: it pays for what is loaded late
         for work, trainings in ways.items():
             todo = list(trainings.items())
@@ -171,4 +191,4 @@ if __name__ == "__main__":
     keep_freed_memory()
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "1")
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "1", sys.argv[4:])

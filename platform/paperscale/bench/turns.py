@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from paperscale.errors import FINISHED
+from paperscale.errors import FINISHED, UserError, nearest
 
 
 def run_in_turns(
@@ -53,6 +53,19 @@ def publish(
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / f"{name}.md").write_text(markdown(results))
         (options.out / f"{name}.json").write_text(json.dumps(results.to_json(), indent=1) + "\n")
+
+
+def chosen(what: str, names: str | None, known: Sequence[str]) -> list[str]:
+    """Return the names of a comma-separated list, in the known order; all of them without a list.
+
+    Raises:
+        UserError: one is not known.
+    """
+    wanted = known if names is None else names.split(",")
+    for name in wanted:
+        if name not in known:
+            raise UserError(f"no {what} '{name}'; there are {', '.join(known)}{nearest(name, known)}")
+    return [name for name in known if name in wanted]
 
 
 def made_by(command: str, results: Any) -> str:

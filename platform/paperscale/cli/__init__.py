@@ -10,11 +10,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from paperscale import __version__
-from paperscale.cli import checkpoints, cluster, data, jobs, others, training
+from paperscale.cli import checkpoints, cluster, data, estimate, jobs, others, report, training
 from paperscale.cli.options import Command, Parser
 from paperscale.errors import FINISHED, USER_ERROR, UserError, describe, is_users_mistake, nearest
 
-_OPEN_ENDED = ("fit", "validate", "test", "predict", "submit", "resume", "lr-find")  # take a recipe's keys as options
+_OPEN_ENDED = (
+    "fit",
+    "validate",
+    "test",
+    "predict",
+    "submit",
+    "resume",
+    "lr-find",
+    "estimate",
+)  # take a recipe's keys as options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,6 +102,6 @@ def build_parser() -> Parser:
         command.set_defaults(run=run)
         return command
 
-    for module in (training, jobs, checkpoints, cluster, data, others):
+    for module in (training, estimate, jobs, report, checkpoints, cluster, data, others):
         module.add_commands(add)
     return parser

@@ -60,7 +60,13 @@ def _add_bench(bench: Parser) -> None:
     interruption = _in_turns(actions, "interruption", help, 15, "one round of 20 steps", run_bench_interruption)
     interruption.add_argument("--steps", type=positive, default=200, help="steps of a training (default 200)")
     help = "what a framework and its metrics add to a training step"
-    _in_turns(actions, "step", help, 9, "one round of 3 steps", run_bench_step)
+    step = _in_turns(actions, "step", help, 9, "one round of 3 steps", run_bench_step)
+    step.add_argument("--works", metavar="WORK,...", help="some of tiny,resnet20,transformer")
+    step.add_argument("--ranks", metavar="N,...", help="some of 1,2: how many ranks")
+    help = "images per second of ResNet's training, beside a hand-written loop"
+    train = _in_turns(actions, "train", help, 3, "one round of 3 steps on small images", run_bench_train)
+    train.add_argument("--networks", metavar="NETWORK,...", help="default on a GPU resnet50,resnet152, else resnet18")
+    train.add_argument("--batch-sizes", metavar="N,...", help="default on a GPU 128,256, else 16")
     help = "what writing a divided checkpoint's weights as one file takes"
     consolidate = actions.add_parser("consolidate", help=help, allow_abbrev=False)
     consolidate.add_argument(
@@ -137,6 +143,13 @@ def run_bench_interruption(args: argparse.Namespace) -> int:
 def run_bench_step(args: argparse.Namespace) -> int:
     """Measure what is added to a step."""
     from paperscale.bench.step import run
+
+    return run(args)
+
+
+def run_bench_train(args: argparse.Namespace) -> int:
+    """Measure how fast ResNets train."""
+    from paperscale.bench.train import run
 
     return run(args)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,12 +37,14 @@ def add_commands(add: Add) -> None:
     strategy_option(fit)
     _init_option(fit)
     fit.add_argument("--print_config", action="store_true", help="print the resolved configuration and exit")
-    for name, what in (("validate", "score the validation split"), ("test", "score the test split")):
-        recipe_argument(
-            _checkpoint_option(add(name, run_evaluate, f"{what} with a run's checkpoint")), f"RUN or {keys}"
-        )
-    predict = add("predict", run_evaluate, "write the predictions of a run's checkpoint for the test split")
-    recipe_argument(_checkpoint_option(predict), f"RUN or {keys}")
+    for name, help in (
+        ("validate", "score the validation split with a run's checkpoint"),
+        ("test", "score the test split with a run's checkpoint"),
+        ("predict", "write the predictions of a run's checkpoint for the test split"),
+    ):
+        evaluation = add(name, run_evaluate, help)
+        recipe_argument(evaluation, f"RUN or {keys}")
+        _evaluation_options(evaluation)
     rate = add("lr-find", run_lr_find, "find a learning rate for a recipe, here, in a hundred steps")
     recipe_argument(rate, keys, complete_recipes)
     rate.add_argument("--min-lr", type=float, default=1e-8, help="learning rate of the first step (default: 1e-8)")
@@ -75,10 +78,14 @@ def add_commands(add: Add) -> None:
     )
 
 
-def _checkpoint_option(parser: Parser) -> Parser:
-    help = "best, last, a step, or a checkpoint's folder (default: the run's newest that verifies)"
-    parser.add_argument("--checkpoint", metavar="NAME", help=help)
-    return parser
+def _evaluation_options(parser: Parser) -> None:
+    which = "best, last, a step, a checkpoint's folder or a file of weights (default: the run's newest that verifies)"
+    parser.add_argument("--checkpoint", metavar="NAME", help=which)
+    others = "average the scores with those of another run (also @best, @STEP); again for a further one"
+    parser.add_argument("--with", dest="others", action="append", default=[], metavar="RUN", help=others).completer = (  # type: ignore[attr-defined]
+        complete_runs
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _init_option(parser: Parser) -> None:
@@ -146,22 +153,29 @@ def run_lr_find(args: argparse.Namespace) -> int:
 
 def run_evaluate(args: argparse.Namespace) -> int:
     """Validate, test or predict."""
-    from paperscale.jobs import snapshot
     from paperscale.jobs.run import find_run, runs_dir
     from paperscale.recipes import RecipeArguments, all_recipes
 
-    stage, first, rest = args.words[0], args.recipe[0], args.recipe[1:]
+    first, rest = args.recipe[0], args.recipe[1:]
     is_run = (runs_dir() / first / "run.json").exists()
     is_recipe = not is_run and (first in all_recipes() or first.endswith((".yaml", ".yml")))
     run = None if is_recipe else find_run(first)
-    source = [str(run.recipe)] if run else [first]
-    if run:
-        snapshot.use(run.path / "code", Path(run.info.workdir))
-    from paperscale.jobs.evaluate import evaluate
+    recipe = RecipeArguments.parse([str(run.recipe) if run else first, *rest])
+    from paperscale.jobs.evaluate import Request, evaluate
 
-    found = evaluate(stage, run, RecipeArguments.parse(source + rest).to_cli(), args.checkpoint)
-    for name, value in found.items():
-        print(f"{name:16} {value:.4f}" if isinstance(value, float) else f"{name:16} {value}")
+    request = Request(args.words[0], recipe, run, args.checkpoint, args.others)
+    found = evaluate(request, progress=sys.stdout.isatty() and not args.json)
+    if args.json:
+        print_json(found)
+        return FINISHED
+    averages = {"weights": found["weights"]} if found["weights"] != "trained" else {}
+    ensemble = {"ensemble of": ", ".join([first, *args.others])} if args.others else {}
+    facts = {"step": found["step"], **averages, **ensemble}
+    facts |= {key: found.get(key) for key in ("reproduces", "predictions", "file")}
+    lines = {name: value for name, value in {**found.get("metrics", {}), **facts}.items() if value is not None}
+    width = max(16, *map(len, lines))
+    for name, value in lines.items():
+        print(f"{name:{width}} {value:.4f}" if isinstance(value, float) else f"{name:{width}} {value}")
     return FINISHED
 
 

@@ -13,7 +13,8 @@ _MASK = (1 << 64) - 1
 
 CROP_Y, CROP_X, FLIP, SCALE = 0, 1, 2, 3
 _COLOR = 8  # and the three that follow
-_TRY = 16  # and the four of each try that follow
+_TRY = 16  # and the four of each of ten tries that follow
+_ERASE = 56  # and four of each of ten tries that follow
 
 MULTI_SCALE = (224, 256, 384, 480, 640)
 """Shorter sides of the fully-convolutional test of He et al. 2015, section 3.4."""
@@ -66,6 +67,7 @@ def random_resized_crop(
     width: int,
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    first: int = _TRY,
 ) -> Box:
     """Return a box of random area and aspect ratio (Szegedy et al. 2014, section 6).
 
@@ -75,11 +77,12 @@ def random_resized_crop(
         width: of the image.
         scale: least and greatest share of the image's area.
         ratio: least and greatest width over height, drawn uniformly in its logarithm.
+        first: of the forty draws that it may take.
 
     After ten tries that do not fit into the image, the largest central box of an allowed ratio.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
-    for number in range(_TRY, _TRY + 40, 4):
+    for number in range(first, first + 40, 4):
         area = height * width * (scale[0] + draws(number) * (scale[1] - scale[0]))
         aspect = math.exp(low + draws(number + 1) * (high - low))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
@@ -89,6 +92,16 @@ def random_resized_crop(
     w = min(width, max(1, round(height * ratio[1])))
     h = min(height, max(1, round(width / ratio[0])))
     return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+def erased(draws: Draws, height: int, width: int, probability: float) -> Box:
+    """Return the box of an image that random erasing blanks; it is empty where the image stays whole.
+
+    Its area is 0.02 to 0.4 of the image's, its ratio 0.3 to 1 / 0.3 (Zhong et al. 2017).
+    """
+    if draws(_ERASE) >= probability:
+        return Box(0, 0, 0, 0)
+    return random_resized_crop(draws, height, width, (0.02, 0.4), (0.3, 1 / 0.3), _ERASE + 1)
 
 
 def shorter_side(height: int, width: int, side: int) -> tuple[int, int]:

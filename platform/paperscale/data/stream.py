@@ -8,6 +8,7 @@ A training batch is a dictionary that holds, beside what the model reads::
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import sys
@@ -17,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +31,7 @@ from paperscale.data.faults import FaultLog, SampleFault, Skipped
 from paperscale.data.loader import OrderedLoader, Workers, cores
 from paperscale.data.order import MixedOrder, Order, SampleOrder
 from paperscale.data.ramp import RampedBatches, check_ramp
-from paperscale.data.shards import ShardSet
+from paperscale.data.shards import MANIFEST, ShardSet
 from paperscale.errors import UserError
 
 Batch = dict[str, Any]
@@ -264,6 +266,28 @@ class ShardStream(LightningDataModule):
             raise UserError("data.path names no set; give a folder or a URL")
         sets = [self._set(path, stage) for path in self.paths]
         return Source(sets, [self.units(shards) for shards in sets])
+
+    def without_shards(self, channels: int = 3) -> tuple[ShardStream, list[str]]:
+        """Return a copy that makes batches of the right shapes where sets are missing, and the paths of these.
+
+        Args:
+            channels: of images that are not there.
+
+        Raises:
+            UserError: a set is missing, and the recipe does not tell the shapes of its samples.
+        """
+        stream = copy.copy(self)
+        missing = [path for path in self.paths if "://" not in path and not (Path(path) / MANIFEST).exists()]
+        split = self.splits["train"] or "train"
+        stream._sets = dict(self._sets) | {(path, split): self.stand_in(path, split, channels) for path in missing}
+        return stream, missing
+
+    def stand_in(self, path: str, split: str, channels: int) -> ShardSet:
+        """Return what stands for a missing set, see :meth:`without_shards`."""
+        raise UserError(
+            f"no shards at {path}, and {type(self).__name__} does not tell the shapes of its samples without them; "
+            "make them with `paperscale data prepare` or set data.path"
+        )
 
     def check(self) -> None:
         """Look at every shard that the run will read, as far as the file system's own facts tell.

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from paperscale.data.absent import SAMPLES, AbsentSet
 from paperscale.data.batching import Batches, TokenBatches
 from paperscale.data.faults import Skipped
 from paperscale.data.order import Order
@@ -119,6 +120,10 @@ class TokenBlocks(_TokenStream):
                 f"data.length={self.length}; use shorter blocks"
             )
         return np.diff(np.minimum(-(-starts // self.length), blocks)).tolist()
+
+    def stand_in(self, path: str, split: str, channels: int) -> ShardSet:
+        """Return what stands for a missing set."""
+        return AbsentSet(path, split, ("tokens.npy",), lengths={"tokens": SAMPLES * self.length})
 
     def allocate(self, count: int, train: bool) -> Batch:
         """Return the batch's tensors."""
@@ -221,8 +226,20 @@ class TokenDocuments(_TokenStream):
         )
         return bucketed, bucketed
 
+    def stand_in(self, path: str, split: str, channels: int) -> ShardSet:
+        """Return what stands for a missing set: labelled documents of the greatest length."""
+        if self.max_length is None:
+            raise UserError(
+                f"no shards at {path}, and data.max_length does not say how long its documents are; set it, for "
+                "example data.max_length=128, or make them with `paperscale data prepare`"
+            )
+        lengths = {"tokens": SAMPLES * self.max_length, "documents": SAMPLES}
+        return AbsentSet(path, split, ("tokens.npy", "labels.npy"), lengths=lengths)
+
     def lengths(self, source: Source, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the tokens of each field, int64 [samples, fields]."""
+        if any(isinstance(shards, AbsentSet) for shards in source.sets):
+            return np.full((len(samples), len(self.fields)), self.max_length or 1)
         sets, shards, rows = source.locate(samples)
         found = np.empty((len(samples), len(self.fields)), np.int64)
         damaged = 1 if self.on_fault == "skip" else None  # they are skipped when they are to be read

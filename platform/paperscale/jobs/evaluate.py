@@ -1,67 +1,276 @@
-"""``paperscale validate``, ``test`` and ``predict``: a run's newest verified checkpoint, or one that is named."""
+"""``paperscale validate``, ``test`` and ``predict``: a run's weights, a file's, or an ensemble of several runs."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 
-from paperscale.errors import UserError
-from paperscale.jobs.checkpoints import find
+from paperscale.atomic import write_atomically
+from paperscale.errors import UserError, describe
+from paperscale.jobs import snapshot
+from paperscale.jobs.checkpoints import FILES, find
 from paperscale.jobs.environment import JobEnvironment
-from paperscale.jobs.run import Run
+from paperscale.jobs.run import Run, read_json
+from paperscale.nn.ensemble import Ensemble
+from paperscale.recipes import RecipeArguments
 from paperscale.training import strategies
-from paperscale.training.checkpoint import MANIFEST, read_manifest
+from paperscale.training.checkpoint import MANIFEST, RECIPE, read_manifest
+from paperscale.training.initial import read_initial
 from paperscale.training.recipe import RecipeCLI
 from paperscale.training.tensorfile import TensorReader
 from paperscale.training.weights import has_averages, of_checkpoint, read_weights
 
+EVALUATIONS = "evaluations"
+"""Folder of a run with what ``validate`` and ``test`` have found."""
+_LONGEST = 150  # characters of a file's name, without its ending
 
-def evaluate(stage: str, run: Run | None, recipe: list[str], checkpoint: str | None) -> dict[str, Any]:
-    """Return the metrics of ``validate`` or ``test``; ``predict`` writes a file and returns where.
 
-    Where the checkpoint holds averages of the weights, these are scored, unless ``ema.evaluate`` is false.
+@dataclass(frozen=True)
+class Request:
+    """What is to be evaluated.
+
+    Attributes:
+        stage: ``validate``, ``test`` or ``predict``.
+        recipe: of the model and the data.
+        run: whose checkpoint and folder are used; ``None`` where ``checkpoint`` says where the weights are.
+        checkpoint: ``best``, ``last`` (the default) or a step of the run; or the folder of a checkpoint, or a file of
+            weights.
+        others: of the networks that are averaged with this: runs, also with ``@best`` or ``@STEP``, and folders of
+            checkpoints.
+    """
+
+    stage: str
+    recipe: RecipeArguments
+    run: Run | None = None
+    checkpoint: str | None = None
+    others: Sequence[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Return the name of the file that keeps what is found."""
+        words = [self.stage, *(f"{key.rpartition('.')[2]}={value}" for key, value in self.recipe.overrides)]
+        words += [path.stem for path in self.recipe.overlays]
+        words += [Path(self.checkpoint).stem] if self.checkpoint else []
+        words += [f"with={Path(other).name}" for other in self.others]
+        return re.sub(r"[^\w.=@+-]+", "_", "-".join(words))[:_LONGEST]
+
+
+def evaluate(request: Request, progress: bool = False) -> dict[str, Any]:
+    """Return what was found: ``metrics``, and what they are of; ``predict`` writes a file and returns where.
+
+    Where a checkpoint holds averages of the weights, these are scored, unless its recipe's ``ema.evaluate`` is false.
+    What ``validate`` and ``test`` find of a run is kept in its folder, in ``evaluations``.
 
     Args:
-        stage: ``validate``, ``test`` or ``predict``.
-        run: the run whose checkpoint and folder are used.
-        recipe: arguments of the recipe's command line.
-        checkpoint: ``best``, ``last`` (the default) or a step of the run, or the folder of a checkpoint.
+        request: what is to be evaluated.
+        progress: show a bar on the terminal.
 
     Raises:
-        UserError: there is no checkpoint, or it does not verify.
+        UserError: there is no checkpoint, it does not verify, or it does not fit; or networks cannot be averaged.
     """
-    folder = _checkpoint(stage, run, checkpoint)
-    cli = RecipeCLI(recipe)
-    trainer: Trainer = cli.trainer_for(
+    source = _source(request)
+    others = _others(request, source)
+    _use_code([*others.values()], request.run)
+    loaded = {text: _load(RecipeCLI([f"--config={folder / RECIPE}"]), folder) for text, folder in others.items()}
+    cli, facts = _load(RecipeCLI(request.recipe.to_cli()), source)
+    if others:
+        _join(cli, request.run.name if request.run else str(source), {text: one for text, (one, _) in loaded.items()})
+    found = {"stage": request.stage, **_asked(request), **facts}
+    found["ensemble"] = [{"name": text, **of} for text, (_, of) in loaded.items()]
+    trainer = _trainer(cli, source, progress)
+    if request.stage == "predict":
+        return {**found, **_predict(cli, trainer, request.run)}
+    found["metrics"] = _scores(cli, trainer, request.stage)
+    found["reproduces"] = _reproduces(cli.model, cli.datamodule)
+    found["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return found if request.run is None else {**found, "file": _keep(request, request.run, found)}
+
+
+# -- the weights -------------------------------------------------------------------------------------------
+
+
+def _source(request: Request) -> Path:
+    """Return the checkpoint's folder or the file that is meant."""
+    path = Path(request.checkpoint or "").absolute()
+    if request.checkpoint and (path / MANIFEST).exists():
+        return find(str(path))
+    if request.checkpoint and (path.is_file() or path.suffix in FILES):
+        if not path.is_file():
+            raise UserError(f"--checkpoint {request.checkpoint}: there is no such file; check the path")
+        return path
+    if request.run is None:
+        what = "a checkpoint's folder or a file of weights"
+        raise UserError(
+            f"no checkpoint to {request.stage}: name a run (`paperscale runs`), or {what} with --checkpoint"
+        )
+    return find(str(request.run.path), request.checkpoint)
+
+
+def _others(request: Request, source: Path) -> dict[str, Path]:
+    """Return the checkpoints of the further networks."""
+    found: dict[str, Path] = {}
+    for text in request.others:
+        path = Path(text)
+        if path.is_file() or path.suffix in FILES:
+            raise UserError(
+                f"--with {text}: a file does not say which network its weights are of; name a run, or a checkpoint's "
+                "folder"
+            )
+        where, which = (text, None) if path.exists() or "@" not in text else text.rsplit("@", 1)
+        folder = find(where, which)
+        if folder in (source, *found.values()):
+            raise UserError(f"--with {text}: {folder} is taken already; name another checkpoint, or leave it out")
+        found[text] = folder
+    return found
+
+
+def _use_code(others: list[Path], first: Run | None) -> None:
+    """Let imports find the code of all runs, the first one's before the others'."""
+    for run in [*(Run(checkpoint.parent.parent) for checkpoint in reversed(others)), first]:
+        if run is not None and (run.path / "run.json").exists():
+            snapshot.use(run.path / "code", Path(run.info.workdir))
+
+
+def _load(cli: RecipeCLI, source: Path) -> tuple[RecipeCLI, dict[str, Any]]:
+    """Give a recipe's model its weights; return what they are.
+
+    Raises:
+        UserError: some of the model's are not there.
+    """
+    if source.is_file():
+        fits = read_initial(cli.model, source, cli.config_init.init_prefix)
+        if lacking := [*fits.missing, *fits.other_shape]:
+            raise UserError(f"{fits} ({lacking[0]}); use the recipe that made it")
+        return cli, {"checkpoint": str(source), "step": None, "weights": str(fits)}
+    averages = cli.config_init.ema.evaluate and has_averages(TensorReader(source))
+    read_weights(cli.model, of_checkpoint(source, averages))
+    weights = "averages" if averages else "trained"
+    return cli, {"checkpoint": _called(source), "step": read_manifest(source).step, "weights": weights}
+
+
+def _called(checkpoint: Path) -> str:
+    """Return a checkpoint's name within its run, which may be moved; the path of one that lies elsewhere."""
+    run = Run(checkpoint.parent.parent)
+    return f"{run.name}/{checkpoint.name}" if (run.path / "run.json").exists() else str(checkpoint)
+
+
+def _join(first: RecipeCLI, name: str, others: Mapping[str, RecipeCLI]) -> None:
+    """Let the first's module score the mean of all networks."""
+    for other, cli in others.items():
+        for module in (first.model, cli.model):
+            if not isinstance(getattr(module, "network", None), torch.nn.Module):
+                raise UserError(
+                    f"--with {other}: {type(module).__name__} has no `network` whose scores could be averaged; "
+                    "evaluate the runs one by one"
+                )
+        _compare_data(first.datamodule, cli.datamodule, other)
+    models: list[Any] = [first.model, *(cli.model for cli in others.values())]
+    models[0].network = Ensemble([model.network for model in models], [name, *others])
+
+
+def _compare_data(first: LightningDataModule, other: LightningDataModule, name: str) -> None:
+    """Refuse a network that was trained on other classes, or on images that were normalised otherwise."""
+    try:
+        facts = [_facts_of(data) for data in (first, other)]
+    except (OSError, UserError) as error:
+        print(
+            f"WARNING --with {name}: whether its images were normalised alike is not known, as its data cannot be read "
+            f"({describe(error)}); compare mean and std in both manifests",
+            file=sys.stderr,
+        )
+        return
+    for what, value in facts[0].items():
+        if value != facts[1][what]:
+            raise UserError(
+                f"--with {name}: it was trained with other {what} ({_short(facts[1][what])}) than those of this "
+                f"evaluation ({_short(value)}); leave it out, or train it on the same data"
+            )
+
+
+def _facts_of(data: Any) -> dict[str, Any]:
+    """Return what networks of one ensemble must have in common."""
+    manifest = data.shards("train").manifest
+    image, normalize = manifest.image, getattr(data, "normalize", None)
+    return {"classes": manifest.classes, "normalisation": [normalize, image.get("mean"), image.get("std")]}
+
+
+def _short(value: Any) -> str:
+    return text if len(text := str(value)) <= 60 else f"{text[:57]}..."
+
+
+# -- the evaluation ----------------------------------------------------------------------------------------
+
+
+def _trainer(cli: RecipeCLI, source: Path, progress: bool) -> Trainer:
+    return cli.trainer_for(
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
+        enable_progress_bar=progress,
+        callbacks=[RichProgressBar()] if progress else [],
         devices=1,
         strategy=strategies.make("auto", world_size=1, device=cli.device),  # the run's may need its processes
         plugins=[JobEnvironment()],
-        default_root_dir=str(folder),  # in a job, Lightning loads any hpc_ckpt_* that it finds there
+        default_root_dir=str(source),  # in a job, Lightning loads any hpc_ckpt_* that it finds there
     )
-    averages = cli.config_init.ema.evaluate and has_averages(TensorReader(folder))
-    read_weights(cli.model, of_checkpoint(folder, averages))
-    facts = {"step": read_manifest(folder).step, **({"weights": "averages"} if averages else {})}
-    if stage == "predict":
-        parts: list[Any] = trainer.predict(cli.model, datamodule=cli.datamodule) or []
-        values = torch.cat([part.cpu() for part in parts]).tolist()
-        out = (run.path if run else Path.cwd()) / "predictions.json"
-        out.write_text(json.dumps(values) + "\n")
-        return {"predictions": len(values), "file": str(out), **facts}
-    function = trainer.validate if stage == "validate" else trainer.test
-    return {**function(cli.model, datamodule=cli.datamodule, verbose=False)[0], **facts}
 
 
-def _checkpoint(stage: str, run: Run | None, checkpoint: str | None) -> Path:
-    """Return the folder of the checkpoint that is meant."""
-    if checkpoint and (Path(checkpoint) / MANIFEST).exists():
-        return find(str(Path(checkpoint).absolute()))
-    if run is None:
-        raise UserError(f"no checkpoint to {stage}: name a run (`paperscale runs`), or give --checkpoint FOLDER")
-    return find(str(run.path), checkpoint)
+def _scores(cli: RecipeCLI, trainer: Trainer, stage: str) -> dict[str, float]:
+    function, limit = (trainer.validate, "val") if stage == "validate" else (trainer.test, "test")
+    if not (found := function(cli.model, datamodule=cli.datamodule, verbose=False)):
+        raise UserError(
+            f"nothing to {stage}: set data.{limit} to a split of the set, and trainer.limit_{limit}_batches to 1.0"
+        )
+    return dict(found[0])
+
+
+def _predict(cli: RecipeCLI, trainer: Trainer, run: Run | None) -> dict[str, Any]:
+    parts: list[Any] = trainer.predict(cli.model, datamodule=cli.datamodule) or []
+    values = torch.cat([part.cpu() for part in parts]).tolist()
+    out = (run.path if run else Path.cwd()) / "predictions.json"
+    write_atomically(out, (json.dumps(values) + "\n").encode())
+    return {"predictions": len(values), "file": str(out)}
+
+
+def _reproduces(model: LightningModule, data: LightningDataModule) -> str | None:
+    """Return what of the paper this is, if the module says so; it can see an ensemble by its ``network``."""
+    says: Any = getattr(model, "reproduces", None)
+    crop = getattr(data, "eval_crop", None)
+    return says(crop) or None if says and crop else None
+
+
+def _asked(request: Request) -> dict[str, Any]:
+    """Return what was set beside the recipe."""
+    overrides = [f"{key}={value}" for key, value in request.recipe.overrides]
+    return {"overrides": overrides, "overlays": [str(path) for path in request.recipe.overlays]}
+
+
+def _keep(request: Request, run: Run, found: dict[str, Any]) -> str | None:
+    """Write what was found into the run's folder; return the file, ``None`` where it cannot be written.
+
+    The same evaluation of the same weights takes the place of what it found before; every other one keeps its file.
+    """
+    same = ("stage", "overrides", "overlays", "checkpoint", "weights", "ensemble")
+    folder = run.path / EVALUATIONS
+    for number in itertools.count(1):
+        path = folder / f"{request.name}{f'-{number}' if number > 1 else ''}.json"
+        if not path.exists() or [read_json(path).get(key) for key in same] == [found[key] for key in same]:
+            break
+    try:
+        folder.mkdir(exist_ok=True)
+        write_atomically(path, (json.dumps(found, indent=1) + "\n").encode())
+    except OSError as error:
+        print(f"WARNING not kept: {describe(error)}", file=sys.stderr)
+        return None
+    return str(path)

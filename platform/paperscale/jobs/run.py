@@ -19,6 +19,8 @@
         progress.json     where the training is
         metrics.jsonl     every logged row
         results.json      the final metrics; its presence means finished
+        evaluations/      what `validate` and `test` have found since, a file for each
+        media/            pictures that were logged, each with what it shows
         cancelled         present once the run has been cancelled; says by whom
         cancel-taken      newer than that once the scheduler has been told
         stop, save        present while the user wants the run to end, or to write a checkpoint, at the next step

@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from paperscale.errors import UserError
+from paperscale.nn.ensemble import Ensemble
 from paperscale.nn.optimizers import Lamb, Lars, decay_groups
 from paperscale.nn.schedules import cosine, scheduled, steps_down, warmed_up
 
@@ -612,9 +613,11 @@ class ResNetClassifier(LightningModule):
             return {}
         return {f"network.{name}": other for name, other in self.network.torchvision_names().items()}
 
-    @staticmethod
-    def reproduces(eval_crop: str) -> str:
-        """Return what of the paper an evaluation of one network reproduces."""
+    def reproduces(self, eval_crop: str) -> str:
+        """Return what of the paper an evaluation reproduces."""
+        if isinstance(self.network, Ensemble):
+            views = REPRODUCES[eval_crop].partition(":")[0]
+            return f"ensemble of {len(self.network.networks)} networks, {views}: table 5"
         return REPRODUCES[eval_crop]
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from paperscale.errors import REQUEUE
 from paperscale.tracking.metrics import read_metrics as read_metrics
+from paperscale.tracking.pictures import MEDIA, as_captions, as_images, write_picture
 from paperscale.tracking.wandb_files import read_segment
 
 _FLUSH = "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL"
@@ -90,6 +91,16 @@ class GuardedWandbLogger(WandbLogger):
                 super().log_hyperparams(params)
 
     @rank_zero_only
+    def log_image(  # type: ignore[override]
+        self, key: str, images: Any, step: int | None = None, caption: str | Sequence[str] | None = None
+    ) -> None:
+        """Log pictures, see :meth:`JsonlLogger.log_image`, unless W&B was lost."""
+        if not self.lost:
+            made, captions = as_images(images), as_captions(caption)  # W&B would want torchvision for a tensor
+            with self.guarded():
+                super().log_image(key, made, step, **({"caption": captions} if captions else {}))
+
+    @rank_zero_only
     def recover(self, rows: list[dict[str, Any]]) -> None:
         """Log rows of the previous attempt again that its W&B service did not live to write.
 
@@ -126,7 +137,7 @@ def _row_key(step: int, row: dict[str, Any]) -> tuple[int, frozenset[str]]:
 
 
 class JsonlLogger(Logger):
-    """Appends each row of metrics to ``metrics.jsonl``; the truth where W&B lost some."""
+    """Appends each row of metrics to ``metrics.jsonl``, the truth where W&B lost some; pictures go to ``media/``."""
 
     def __init__(self, path: Path, attempt: int):
         super().__init__()
@@ -152,3 +163,23 @@ class JsonlLogger(Logger):
         row = {"step": step, "attempt": self.attempt, **metrics}
         with contextlib.suppress(OSError), self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+    @rank_zero_only
+    def log_image(
+        self, key: str, images: Any, step: int | None = None, caption: str | Sequence[str] | None = None
+    ) -> None:
+        """Write pictures into ``media/`` beside the file, as one; a full disk must not end the training.
+
+        Args:
+            key: such as ``test/mistakes``: written as ``test-mistakes-<step>.png``, beside it a ``.json`` with key,
+                step and captions. A picture of the same key and step is replaced.
+            images: one or several: tensors [C, H, W], or [B, C, H, W] for B of them, NumPy arrays, or PIL's; of uint8,
+                or of floats from 0 to 1.
+            step: optimizer steps taken.
+            caption: of the image, or a list of one each.
+
+        Raises:
+            ValueError: what is given is no image, or not each image has a caption.
+        """
+        with contextlib.suppress(OSError):
+            write_picture(self.path.parent / MEDIA, key, images, step, as_captions(caption))

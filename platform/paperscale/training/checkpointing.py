@@ -28,7 +28,7 @@ from paperscale.training.checkpoint import (
     restore_random_state,
 )
 from paperscale.training.interruption import StopAgreement
-from paperscale.training.logbook import continue_epoch, epoch_sums
+from paperscale.training.logbook import all_callbacks, continue_epoch, epoch_sums
 from paperscale.training.metric_state import metric_state, restore_metric_state
 from paperscale.training.pieces import Piece, persistent_buffers, to_write
 from paperscale.training.pulse import Pulse
@@ -81,7 +81,7 @@ class Checkpointing(Checkpoint):
         self.saver = Saver(folder, options.retention)
         self._buffer = Buffer()
         self._stopping = self._saving = self._reserved = False
-        self._saved_step = self._validated_step = -1
+        self._saved_step = self._validated_step = self._concluded_step = -1
         self._metrics: dict[str, float] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -134,6 +134,8 @@ class Checkpointing(Checkpoint):
         step = trainer.global_step
         decision = self.agreement.reached()
         self._stopping, self._saving = decision == "stop", self._saving or decision == "save"
+        if takes_last_step(trainer):
+            self._conclude(trainer, pl_module)
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return  # the epoch's end follows, after validation: a checkpoint from here would skip it
         every = self.options.every_n_steps
@@ -166,6 +168,8 @@ class Checkpointing(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checkpoint at the end of an epoch, after validation; also where the training ends in the middle of one."""
         ended = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if trainer.should_stop and trainer.fit_loop._can_stop_early:  # early stopping: not known beforehand
+            self._conclude(trainer, pl_module)
         if self._stopping or self._saving or (trainer.current_epoch + 1) % self.options.every_n_epochs == 0:
             self.save(trainer, epoch_ended=ended)
 
@@ -183,6 +187,22 @@ class Checkpointing(Checkpoint):
         """Let the checkpoint that is being written be finished: it was made before whatever has happened."""
         self.pulse.mark("checkpoint", trainer.global_step)
         self.saver.linger(_LINGER_LOST_S if is_lost_rank(exception) else _LINGER_S)
+
+    def _conclude(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Call ``conclude(trainer, module)`` of the callbacks that have it: the weights are trained.
+
+        That is before the last checkpoint, and before the last validation where the end is known by then.
+        """
+        step = trainer.global_step
+        if self._concluded_step == step:
+            return
+        self._concluded_step = step
+        hooks = [hook for callback in all_callbacks(trainer) if (hook := getattr(callback, "conclude", None))]
+        for hook in hooks:
+            hook(trainer, pl_module)
+        if hooks and self._saved_step == step:  # it was saved as it was before
+            self.finish(trainer, last=False)
+            self._saved_step = -1
 
     # -- writing -----------------------------------------------------------------------------------------------
 
@@ -297,8 +317,18 @@ class Checkpointing(Checkpoint):
         }
 
 
+def takes_last_step(trainer: Trainer) -> bool:
+    """Return whether the optimizer step that was just taken ends the training, as far as that is known beforehand."""
+    loop = trainer.fit_loop
+    if 0 <= loop.max_steps <= trainer.global_step:
+        return True
+    epochs = trainer.max_epochs
+    last_epoch = epochs is not None and 0 <= epochs <= trainer.current_epoch + 1
+    return last_epoch and loop.epoch_loop.batch_progress.is_last_batch
+
+
 def _pieces_of_callbacks(trainer: Trainer) -> Iterator[Piece]:
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in all_callbacks(trainer):
         yield from getattr(callback, "pieces", list)()
 
 

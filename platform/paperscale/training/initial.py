@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -17,6 +18,9 @@ from paperscale.errors import UserError
 from paperscale.training.pieces import Piece, piece_of
 from paperscale.training.weights import Weight, Weights, open_weights, state_of
 
+LIBRARIES = ("torchvision", "huggingface")
+"""Whose names a module may know, by its ``export_names``."""
+_COUNTER = "num_batches_tracked"  # of batch normalisation: nothing rests on it, and old files have none
 _SHOWN = 10  # names of a kind
 _TRIED = 5  # changes of names that are looked at closely
 
@@ -28,9 +32,11 @@ class Match:
     Attributes:
         origin: of the weights.
         found: the model's names to the weights.
-        missing: names of the model that the weights have not; they begin as the recipe draws them.
+        missing: names of the model that the weights have not; they begin as the recipe draws them. Counts of batches
+            are not among them.
         unexpected: names of the weights that the model has not.
         other_shape: names whose shapes differ, with both; they begin as the recipe draws them.
+        library: whose names the weights have, empty for the model's own.
     """
 
     origin: str
@@ -38,6 +44,7 @@ class Match:
     missing: list[str]
     unexpected: list[str]
     other_shape: list[str]
+    library: str = ""
 
     @property
     def is_whole(self) -> bool:
@@ -47,7 +54,8 @@ class Match:
     def __str__(self) -> str:
         kinds = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": self.other_shape}
         rest = "".join(f", {len(names)} {kind}" for kind, names in kinds.items() if names)
-        return f"{len(self.found)} tensors from {self.origin}{rest}"
+        named = f", named as {self.library} names them" if self.library else ""
+        return f"{len(self.found)} tensors from {self.origin}{named}{rest}"
 
     def lines(self) -> Iterator[str]:
         """Yield the report, in which long lists are cut short."""
@@ -65,6 +73,9 @@ class Match:
 def match(model: nn.Module, weights: Weights) -> Match:
     """Compare a model with weights, by names and shapes; nothing is read.
 
+    Where the model has ``export_names``, and more fits under another library's names than under its own, the weights
+    are taken to be named so.
+
     Args:
         model: whole, divided, or on the meta device.
         weights: what it is to begin with.
@@ -73,13 +84,25 @@ def match(model: nn.Module, weights: Weights) -> Match:
         UserError: nothing fits; names the change of names with which the most would.
     """
     shapes = {name: _shape(tensor) for name, tensor in state_of(model)}
-    others = _other_names(model)
+    others, foreign = _other_names(model), _foreign_names(model)
+    fits = _match(shapes, others, weights)
+    for library, names in foreign.items():
+        translated = _match(shapes, others, _translated(weights, names))
+        if len(translated.found) > len(fits.found):
+            fits = replace(translated, library=library)
+    if not fits.found:
+        raise UserError(_nothing_fits(weights, shapes, foreign.values()))
+    return fits
+
+
+def _match(shapes: Mapping[str, tuple[int, ...]], others: Mapping[str, list[str]], weights: Weights) -> Match:
+    """Compare a model's names and shapes, and the further names of its tied weights, with weights."""
     found: dict[str, Weight] = {}
     missing, other_shape = [], []
     for name, shape in shapes.items():
         weight = next(filter(None, map(weights.named, (name, *others.get(name, ())))), None)
         if weight is None:
-            missing.append(name)
+            missing += [] if name.endswith(_COUNTER) else [name]
         elif weight.shape != shape:
             other_shape.append(f"{name}: {list(weight.shape)}, the model has {list(shape)}")
         else:
@@ -87,9 +110,28 @@ def match(model: nn.Module, weights: Weights) -> Match:
     known = {*shapes, *(other for names in others.values() for other in names)}
     aliased = {kept for alias, kept in weights.aliases.items() if alias in known}
     unexpected = [name for name in weights.tensors if name not in known and name not in aliased]
-    if not found:
-        raise UserError(_nothing_fits(weights, shapes))
     return Match(weights.origin, found, missing, unexpected, other_shape)
+
+
+def _foreign_names(model: nn.Module) -> dict[str, dict[str, str]]:
+    """Return, for each library that has such a model, the model's names with the library's."""
+    found: dict[str, dict[str, str]] = {}
+    export_names: Any = getattr(model, "export_names", None)
+    for library in LIBRARIES if export_names else ():
+        with contextlib.suppress(UserError):  # it has no such model
+            if names := export_names(library):
+                found[library] = names
+    return found
+
+
+def _translated(weights: Weights, names: Mapping[str, str]) -> Weights:
+    """Return weights of a library under the model's names; what has none there keeps its own."""
+    known = set(names.values())
+    tensors = {name: weight for name, weight in weights.tensors.items() if name not in known}
+    for name, other in names.items():
+        if (weight := weights.named(other)) is not None:
+            tensors[name] = weight
+    return replace(weights, tensors=tensors)
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
@@ -106,13 +148,16 @@ def _other_names(model: nn.Module) -> dict[str, list[str]]:
     return others
 
 
-def _nothing_fits(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Return what to do where no name and shape is the model's."""
+def _nothing_fits(weights: Weights, shapes: Mapping[str, tuple[int, ...]], foreign: Iterable[Mapping[str, str]]) -> str:
+    """Return what to do where no name and shape is the model's, under its own names or another library's."""
     what = f"{weights.origin}: none of its {len(weights.tensors)} tensors has a name and shape of the model's"
-    counts = Counter(dict.fromkeys(_changes(weights, shapes), 0))
-    for change in counts:
-        changed = renamed(weights, change).tensors
-        counts[change] = sum(name in changed and changed[name].shape == shape for name, shape in shapes.items())
+    counts: Counter[str] = Counter()
+    theirs = [{other: shapes[name] for name, other in names.items() if name in shapes} for names in foreign]
+    for named in (shapes, *theirs):
+        for change in _changes(weights, named):
+            changed = renamed(weights, change).tensors
+            fitting = sum(name in changed and changed[name].shape == shape for name, shape in named.items())
+            counts[change] = max(counts[change], fitting)
     if not counts:
         return (
             f"{what} (it has {next(iter(weights.tensors))}, the model {next(iter(shapes))}); use weights of this model"

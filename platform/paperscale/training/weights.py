@@ -6,7 +6,9 @@ elements can be had alone: a rank reads what it holds, and a file is written of 
 
 from __future__ import annotations
 
+import argparse
 import math
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,7 +23,7 @@ from paperscale.training.checkpoint import MANIFEST, read_manifest
 from paperscale.training.pieces import persistent_buffers, piece_of
 from paperscale.training.tensorfile import TensorReader
 
-_NESTED = ("state_dict", "model_state_dict", "model")  # where training scripts put a model's state
+_NESTED = ("state_dict", "model_state_dict", "model", "model_ema")  # where training scripts put a model's state
 
 
 @dataclass(frozen=True)
@@ -113,24 +115,27 @@ def has_averages(reader: TensorReader) -> bool:
 
 
 def _of_pickle(path: Path) -> Weights:
-    """Return what a file of PyTorch's holds, if it holds tensors alone."""
+    """Return what a file of PyTorch's holds, if it holds tensors and plain data alone."""
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # options, which many scripts keep beside
+            mapped = zipfile.is_zipfile(path)  # what PyTorch wrote before 1.6 is not, and is read into memory
+            content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # whatever a damaged or a hostile file makes of the reader
         raise UserError(
-            f"{path} is not read: it is damaged, of an old format, or holds more than tensors, and to load that would "
-            "run code from it; where you trust it, load it yourself and write its state dict with "
+            f"{path} is not read: it is damaged, or holds more than tensors and plain data, and to load that would run "
+            "code from it; where you trust it, load it yourself and write its state dict with "
             "safetensors.torch.save_file"
         ) from error
+    origin = str(path)
     for key in _NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+            content, origin = content[key], f"{key} of {path}"
             break
     items = content.items() if isinstance(content, Mapping) else ()
     found = {str(name): tensor for name, tensor in items if isinstance(tensor, Tensor)}
     if not found:
         raise UserError(f"{path} holds no state dict; save the model's state_dict() with safetensors.torch.save_file")
-    return Weights(str(path), {name: _held(tensor) for name, tensor in found.items()})
+    return Weights(origin, {name: _held(tensor) for name, tensor in found.items()})
 
 
 def _held(tensor: Tensor) -> Weight:

@@ -1,0 +1,335 @@
+"""``paperscale bench train``: images a second of ResNet's training, beside a hand-written loop."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+
+from paperscale.bench.ranks import run_ranks
+from paperscale.bench.report import hardware, spread
+from paperscale.bench.step import write_run
+from paperscale.bench.step_rank import QUICK
+from paperscale.bench.train_works import CLASSES, NETWORKS, SGD, Work, write_pictures
+from paperscale.bench.turns import as_markdown, as_table, chosen, made_by, run_in_turns
+from paperscale.errors import UserError
+
+WAYS = {
+    "bare": "hand-written loop",
+    "ours-synthetic": "Paperscale, synthetic images",
+    "ours-data": "Paperscale, JPEGs from shards",
+    "ours-compile": "Paperscale, synthetic images, `speed.compile=blocks`",
+}
+GOALS = {"ours-synthetic": ("bare", 1.0), "ours-data": ("ours-synthetic", 0.97)}
+"""A way, to the way that it is compared with and the least share of its images a second that is aimed at."""
+_COLUMNS = ("training", "images/s", "times bare", "times synthetic", "GPU memory, GiB")
+_JUDGED = 3  # rounds from which on the goals are judged
+_LIMIT_S = 300.0  # of a training: the first one compiles
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is trained.
+
+    Attributes:
+        networks: of :data:`~paperscale.bench.train_works.NETWORKS`.
+        batch_sizes: images of a step.
+        side: height and width of the images.
+        warm_up: steps of a training before those that count.
+        images: of the steps that count.
+        precision: as Lightning's Trainer takes it.
+    """
+
+    networks: tuple[str, ...]
+    batch_sizes: tuple[int, ...]
+    side: int
+    warm_up: int
+    images: int
+    precision: str
+
+
+ON_GPU = Size(("resnet50", "resnet152"), (128, 256), 224, 8, 4096, "bf16-mixed")
+ON_CPU = Size(("resnet18",), (16,), 64, 2, 192, "32-true")
+
+
+@dataclass
+class Case:
+    """One network at one batch size.
+
+    Attributes:
+        work: what is trained.
+        device: that it is trained on.
+        reference: whose network the hand-written loop trains.
+        images_per_s: way to its images a second, round by round.
+        memory: way to the most memory of the GPU that was in use, in bytes, round by round.
+        left_out: ways that could not be trained, and why.
+    """
+
+    work: Work
+    device: str
+    reference: str
+    images_per_s: dict[str, list[float]] = field(default_factory=dict)
+    memory: dict[str, list[int]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Take in a line of the process."""
+        if "left_out" in row:
+            self.left_out[row["left_out"]] = row["reason"]
+        elif row["round"] >= 0:
+            way = row["way"]
+            self.images_per_s.setdefault(way, []).append(1e6 * self.work.batch_size / row["wall_us"])
+            if row["memory"] is not None:
+                self.memory.setdefault(way, []).append(row["memory"])
+
+    def ratios(self, way: str, other: str) -> list[float]:
+        """Return a way's images a second as a multiple of another's, round by round; empty where one is left out."""
+        if {way, other} - self.images_per_s.keys():
+            return []
+        pairs = zip(self.images_per_s[way], self.images_per_s[other], strict=True)
+        return [mine / theirs for mine, theirs in pairs]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computes."""
+    import torch
+
+    found = {name: importlib.metadata.version(name) for name in ("torch", "lightning")}
+    with suppress(importlib.metadata.PackageNotFoundError):
+        found["torchvision"] = importlib.metadata.version("torchvision")
+    if torch.cuda.is_available():
+        found |= {"CUDA": str(torch.version.cuda), "cuDNN": str(torch.backends.cudnn.version())}
+    return found
+
+
+@dataclass
+class Results:
+    """What was measured.
+
+    Attributes:
+        rounds: of every way.
+        quick: whether it was only tried.
+        pictures: what the JPEGs are.
+        cases: every network at every batch size.
+        versions: of what computes.
+        day: when.
+        hardware: where.
+    """
+
+    rounds: int
+    quick: bool
+    pictures: str
+    cases: list[Case]
+    versions: dict[str, str] = field(default_factory=versions)
+    day: str = field(default_factory=lambda: date.today().isoformat())
+    hardware: dict[str, str] = field(default_factory=hardware)
+
+    def goals(self) -> dict[str, tuple[float, float | None]]:
+        """Return what was aimed at: the least, and what was measured in the worst case, ``None`` for nothing."""
+        found: dict[str, tuple[float, float | None]] = {}
+        for way, (other, least) in GOALS.items():
+            medians = [median(ratios) for case in self.cases if (ratios := case.ratios(way, other))]
+            found[f"{WAYS[way]}, times {WAYS[other]}"] = (least, round(min(medians), 3) if medians else None)
+        return found
+
+    @property
+    def on_gpu(self) -> bool:
+        """Return whether a GPU was measured."""
+        return all(case.device != "CPU" for case in self.cases)
+
+    @property
+    def judged(self) -> bool:
+        """Return whether these rounds are a measurement of what the goals are for."""
+        return self.on_gpu and self.rounds >= _JUDGED and not self.quick
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything, with each round's figures."""
+        goals = {
+            name: {
+                "at_least": least,
+                "measured": measured,
+                "met": measured >= least if self.judged and measured is not None else None,
+            }
+            for name, (least, measured) in self.goals().items()
+        }
+        return {**asdict(self), "goals": goals}
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the benchmark with the options of ``paperscale bench train``.
+
+    Raises:
+        UserError: a network is unknown, a batch size is no number, or the process does not get to its end.
+    """
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    works = _works(options, on_gpu)
+    rounds = 1 if options.quick else options.rounds
+    ways = [way for way in WAYS if on_gpu or way != "ours-compile"]
+    total = len(works) * _lines_of(ways, rounds)
+    return run_in_turns(
+        options, "train", total, lambda done: measure(works, ways, rounds, options.quick, done), _show, markdown
+    )
+
+
+def _works(options: argparse.Namespace, on_gpu: bool) -> list[Work]:
+    """Return what is trained."""
+    size = ON_GPU if on_gpu else ON_CPU
+    if options.quick:
+        size = replace(ON_CPU, batch_sizes=(8,), images=8 * QUICK[1], precision=size.precision)
+    networks = size.networks if options.networks is None else chosen("network", options.networks, list(NETWORKS))
+    texts = list(map(str, size.batch_sizes)) if options.batch_sizes is None else options.batch_sizes.split(",")
+    for text in texts:
+        if not text.isdecimal() or int(text) < 1:
+            raise UserError(f"--batch-sizes: '{text}' is no number of images; give some such as 128,256")
+    return [
+        Work(network, batch, size.side, size.warm_up, max(QUICK[1], size.images // batch), size.precision)
+        for network in networks
+        for batch in map(int, texts)
+    ]
+
+
+# -- the process ---------------------------------------------------------------------------------------------
+
+
+def _lines_of(ways: Sequence[str], rounds: int) -> int:
+    """Return the lines that the process of a case writes."""
+    return 1 + (1 + rounds) * len(ways)
+
+
+def measure(
+    works: Sequence[Work],
+    ways: Sequence[str],
+    rounds: int,
+    quick: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Results:
+    """Return the figures of every work, each in a process of its own, in which the ways take turns.
+
+    Args:
+        works: what is trained.
+        ways: some of :data:`WAYS`.
+        rounds: of every way.
+        quick: whether it is only tried.
+        progress: called with the number of trainings that are done.
+
+    Raises:
+        UserError: a process does not get to its end.
+    """
+    cases: list[Case] = []
+    with tempfile.TemporaryDirectory(prefix="paperscale-bench-") as folder:
+        shards = Path(folder) / "pictures"
+        pictures = write_pictures(shards, max(work.batch_size * (work.warm_up + work.steps + 1) for work in works))
+        for number, work in enumerate(works):
+            before = number * _lines_of(ways, rounds)
+            ((facts, *rows),) = run_ranks(
+                "paperscale.bench.train_rank",
+                1,
+                [work.to_json(), str(rounds)],
+                threads=int(hardware()["cores"]),
+                progress=lambda done, before=before: progress(before + done),  # type: ignore[misc]
+                prepare=lambda into, work=work: _prepare(into, work, ways, shards),  # type: ignore[misc]
+                limit_s=_LIMIT_S,
+            )
+            cases.append(Case(work, **facts))
+            for row in rows:
+                cases[-1].add(row)
+    return Results(rounds, quick, pictures, cases)
+
+
+def _prepare(folder: Path, work: Work, ways: Sequence[str], shards: Path) -> None:
+    """Write a run for each of our ways."""
+    network = {"depth": work.depth, "classes": CLASSES, "bottleneck_stride": "3x3"}
+    model = {
+        "class_path": "paperscale.papers.resnet.ResNetClassifier",
+        "init_args": {
+            "network": {"class_path": "paperscale.papers.resnet.ResNet", "init_args": network},
+            "classes": CLASSES,
+            **SGD,
+        },
+    }
+    images = {"path": str(shards), "global_batch_size": work.batch_size, "val": None, "size": work.side}
+    for way in ways:
+        if way == "bare":
+            continue
+        kind = "paperscale.data.ImageShards" if way == "ours-data" else "paperscale.bench.train_works.SyntheticImages"
+        speed: dict[str, Any] = {"channels_last": True, "optimizer": "fused", "cudnn_benchmark": True}
+        if way == "ours-compile":
+            speed |= {"compile": "blocks", "compile_dynamic": False}
+        recipe = {
+            "model": model,
+            "data": {"class_path": kind, "init_args": {**images, "crop": "random_resized", "flip": True}},
+            "trainer": {"precision": work.precision},
+            "speed": speed,
+        }
+        write_run(folder, way, recipe)
+
+
+# -- the report ----------------------------------------------------------------------------------------------
+
+
+def _title(case: Case) -> str:
+    return f"{case.work.title}, {case.device}; the hand-written loop trains {case.reference}"
+
+
+def _lines(case: Case) -> list[list[str]]:
+    """Return a row for each way, the heading first."""
+    rows = [list(_COLUMNS)]
+    for way in (way for way in WAYS if way in case.images_per_s):
+        synthetic = [] if way in ("bare", "ours-synthetic") else case.ratios(way, "ours-synthetic")
+        memory = [used / 2**30 for used in case.memory.get(way, [])]
+        figures = (case.images_per_s[way], case.ratios(way, "bare"), synthetic, memory)
+        rows.append([WAYS[way], *map(spread, figures)])
+    return rows if case.memory else [row[:-1] for row in rows]
+
+
+def _left_out(case: Case) -> list[str]:
+    return [f"Left out: {WAYS[way]}, {reason}." for way, reason in case.left_out.items()]
+
+
+def _goals(results: Results) -> str:
+    parts = []
+    why = "too few rounds" if results.on_gpu else "they are for a GPU; these figures show only that it works"
+    for name, (least, measured) in results.goals().items():
+        if measured is None:
+            parts.append(f"{name}: at least {least:g}, not measured.")
+            continue
+        verdict = ("met" if measured >= least else "not met") if results.judged else f"not judged: {why}"
+        parts.append(f"{name}: at least {least:g}, measured {measured:g} in the worst case: {verdict}.")
+    return "Goals. " + " ".join(parts)
+
+
+def markdown(results: Results) -> str:
+    """Return the report."""
+    parts = [
+        "# Images a second of training",
+        made_by("train", results),
+        "A loop in plain PyTorch over one batch that stays on the device, and runs of Paperscale's with all that a run "
+        "has: order, position, pulse, agreement on a stop, metrics and `metrics.jsonl`. Synthetic images are one batch "
+        "on the device, as in the loop; JPEGs are read from shards, decoded, cropped at random (0.08 to 1 of the "
+        f"area), resized and flipped while the device computes: {results.pictures}. All train the network with stride "
+        "in the 3x3 convolution of bottlenecks, by fused SGD with momentum and weight decay, channels last, cuDNN's "
+        f"fastest algorithms. Figures are `median [least..most]` of {results.rounds} rounds; in a round all ways take "
+        "turns in the same process, and ratios are taken within a round. Memory is the most that tensors took.",
+        _goals(results),
+    ]
+    for case in results.cases:
+        parts += [f"## {_title(case)}", as_markdown(_lines(case)), *_left_out(case)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _show(results: Results, console: Console) -> None:
+    for case in results.cases:
+        console.print(f"[bold]{_title(case)}", as_table(_lines(case)), sep="\n", highlight=False)
+        console.print(*_left_out(case), "", sep="\n", highlight=False, markup=False)
+    console.print(_goals(results))
