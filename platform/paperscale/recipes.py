@@ -104,7 +104,7 @@ def read(path: Path) -> dict[str, Any]:
         UserError: it is not valid YAML.
     """
     try:
-        content = yaml.load(path.read_text(), Loader=_LOADER)
+        content = yaml.load(path.read_text(), Loader=_LOADER)  # noqa: S506  a safe one
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):

@@ -14,7 +14,7 @@ from paperscale.papers.resnet import ResNetClassifier
 from paperscale.recipes import RecipeArguments
 from paperscale.training import speed
 from paperscale.training.blocks import blocks
-from paperscale.training.estimate import Estimate, estimate, gib
+from paperscale.training.estimate import Estimate, Passes, estimate, gib
 from paperscale.training.recipe import RecipeCLI
 from paperscale.training.sharding import sharding
 
@@ -172,6 +172,14 @@ def test_zero_divides_what_its_stage_says(tiny_recipe):
     for precision in ("bf16-mixed", "bf16-true"):  # DeepSpeed keeps 32-bit weights in either
         half = estimate(recipe(tiny_recipe, f"trainer.precision={precision}"), 1, strategy="deepspeed_zero1")
         assert (half.parameters, half.gradients, half.optimizer) == (2 * weights, 2 * weights, 8 * weights)
+
+
+def test_averages_of_the_weights_lie_where_the_optimizer_steps_them(tiny_recipe):
+    passes = Passes(recipe(tiny_recipe, "ema.decay=0.9"), 2)
+    found = [passes.under(name) for name in ("ddp", "deepspeed_zero1", "fsdp", "deepspeed_zero2_offload")]
+    weights = found[0].count
+    assert [memory.averages for memory in found] == [4 * weights, 2 * weights, 2 * weights, 0]
+    assert found[0].certain == 16 * weights + found[0].buffers
 
 
 def test_fsdp_divides_everything_and_keeps_32_bit_weights(tiny_recipe):

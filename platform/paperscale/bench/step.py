@@ -17,8 +17,7 @@ from rich.console import Console
 
 from paperscale.bench.ranks import run_ranks
 from paperscale.bench.report import hardware, spread
-from paperscale.bench.step_rank import METRICS, QUICK
-from paperscale.bench.step_works import WORKS, write_set
+from paperscale.bench.step_works import METRICS, QUICK, WORKS, write_set
 from paperscale.bench.turns import as_markdown, as_table, chosen, made_by, run_in_turns
 
 WORLD_SIZES = (1, 2)

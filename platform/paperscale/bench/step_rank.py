@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from paperscale.bench.interruption_rank import Clock, connect
 from paperscale.bench.ranks import emit
-from paperscale.bench.step_works import WORKS, Measured, network, sgd
+from paperscale.bench.step_works import METRICS, QUICK, WORKS, Measured, network, sgd
 from paperscale.jobs.environment import JobEnvironment
 from paperscale.jobs.run import Attempt, Run
 from paperscale.jobs.worker import Worker
@@ -35,10 +35,6 @@ from paperscale.training import speed
 from paperscale.training.memory import keep_freed_memory
 from paperscale.training.recipe import RecipeCLI
 from paperscale.training.sharding import sharding
-
-METRICS = (0, 5)
-QUICK = (2, 3)
-"""Steps of warm-up, and counted, where it is only tried."""
 
 
 class Timed(Callback):

@@ -18,6 +18,9 @@ from paperscale.papers.resnet import CifarResNet
 
 VOCABULARY, WIDTH = 2048, 128
 CLASSES = 8
+METRICS = (0, 5)
+QUICK = (2, 3)
+"""Steps of warm-up, and counted, where it is only tried."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from rich.console import Console
 from paperscale.bench.ranks import run_ranks
 from paperscale.bench.report import hardware, spread
 from paperscale.bench.step import write_run
-from paperscale.bench.step_rank import QUICK
+from paperscale.bench.step_works import QUICK
 from paperscale.bench.train_works import CLASSES, NETWORKS, SGD, Work, write_pictures
 from paperscale.bench.turns import as_markdown, as_table, chosen, made_by, run_in_turns
 from paperscale.errors import UserError

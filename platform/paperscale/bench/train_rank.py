@@ -23,7 +23,8 @@ import torch.nn.functional as F
 
 from paperscale.bench.interruption_rank import Clock
 from paperscale.bench.ranks import emit
-from paperscale.bench.step_rank import QUICK, Timed, train_run
+from paperscale.bench.step_rank import Timed, train_run
+from paperscale.bench.step_works import QUICK
 from paperscale.bench.train_works import SGD, Work, images_on, reference
 from paperscale.jobs.run import Run
 from paperscale.training.memory import keep_freed_memory

@@ -100,8 +100,8 @@ def _head(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     )
     passes = f", in {batch['passes']} passes" if batch["passes"] > 1 else ""
     yield "batch", f"{batch['global_batch_size']} samples a step, {batch['samples']} a pass of each GPU{passes}"
-    shapes = (f"{name} {' x '.join(map(str, shape)) or 'a number'}" for name, shape in found["data"]["shapes"].items())
-    yield "sample", ", ".join(shapes)
+    shapes = (f"{name} {' x '.join(map(str, shape))}".strip() for name, shape in found["data"]["shapes"].items())
+    yield "sample", ", ".join(shapes) or "not known"
 
 
 def _print_memory(found: dict[str, Any]) -> None:
@@ -116,7 +116,7 @@ def _print_memory(found: dict[str, Any]) -> None:
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         sizes = [row[part] for part in ("weights", "gradients", "optimizer")]
-        sizes += [row["buffers"] + row["buckets"], row["activations"], row["total"]]
+        sizes += [row["buffers"] + row["averages"] + row["buckets"], row["activations"], row["total"]]
         cells = ["?" if size is None else f"{size / unit:,.2f}" for size in sizes]
         fits = {True: "yes", False: "no", None: "?"}[row["fits"]]
         largest = "?" if row["largest_micro_batch"] is None else f"{row['largest_micro_batch']:,}"

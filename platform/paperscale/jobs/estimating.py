@@ -181,6 +181,7 @@ def _memory(passes: Passes, found: Estimate, gpu: GPU) -> dict[str, Any]:
         "gradients": found.gradients,
         "optimizer": found.optimizer,
         "buffers": found.buffers,
+        "averages": found.averages,
         "buckets": found.buckets,
         "activations": found.activations,
         "total": found.total,

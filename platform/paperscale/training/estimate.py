@@ -56,6 +56,7 @@ class Estimate:
         buckets: DDP's second copy of the gradients, for communication.
         activations: what a micro-batch leaves for its backward pass; ``None`` where it cannot be found out.
         unknown: why something is ``None``, and what is not counted.
+        averages: of the weights, where the recipe's section ``ema`` asks for them.
     """
 
     world_size: int
@@ -70,11 +71,12 @@ class Estimate:
     buckets: int
     activations: int | None
     unknown: tuple[str, ...] = ()
+    averages: int = 0
 
     @property
     def certain(self) -> int:
-        """Return what is needed whatever the batch: parameters, gradients, optimizer state and buffers."""
-        return self.parameters + self.gradients + (self.optimizer or 0) + self.buffers
+        """Return what is needed whatever the batch: parameters, gradients, optimizer state, buffers and averages."""
+        return self.parameters + self.gradients + (self.optimizer or 0) + self.buffers + self.averages
 
     @property
     def total(self) -> int:
@@ -83,7 +85,8 @@ class Estimate:
 
     def __str__(self) -> str:
         """Return a table."""
-        names = ("parameters", "gradients", "optimizer", "buffers", "buckets", "activations")
+        averages = ("averages",) if self.averages else ()
+        names = ("parameters", "gradients", "optimizer", "buffers", *averages, "buckets", "activations")
         shape = f"{self.strategy} on {self.world_size} processes, {self.precision}, {self.samples} samples a pass"
         lines = [f"memory of a GPU   {shape}"]
         for name in names:
@@ -144,9 +147,16 @@ class Passes:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of one sample's part of each tensor of a batch, as it is read, as far as that is known."""
-        tensors = {name: value for name, value in (self._batch or {}).items() if isinstance(value, Tensor)}
-        return {name: tuple(tensor.shape[1:]) for name, tensor in tensors.items() if name != "sample"}
+        """Return the shape of one sample's part of each tensor that the model is given, as far as that is known."""
+        try:
+            batch = self._batch_on(FakeTensorMode(allow_non_fake_inputs=True), None)
+        except Exception:  # whatever a user's DataModule raises on tensors without content
+            return {}
+        return {
+            name: tuple(value.shape[1:])
+            for name, value in batch.items()
+            if isinstance(value, Tensor) and name != "sample"
+        }
 
     def under(self, strategy: Any = None) -> Estimate:
         """Return the memory of a GPU under a strategy, by default the recipe's."""
@@ -161,6 +171,7 @@ class Passes:
             optimizer = None if optimizer is None else optimizer + weights
             weights, gradients = weights // 2, gradients // 2
         lazy = len(known) < len(list(model.parameters()))
+        averages = 0 if self.cli.config_init.ema.decay is None else sum(p.numel() * max(4, p.itemsize) for p in known)
 
         def share(part: str, size: int) -> int:
             return 0 if part in of.offloaded else -(-size // (self.world_size if part in of.divided else 1))
@@ -178,6 +189,7 @@ class Passes:
             buckets=gradients if of.kind == "ddp" and self.world_size > 1 else 0,
             activations=activations,
             unknown=(*filter(None, (no_optimizer, no_activations)), *_not_counted(of, lazy)),
+            averages=share("optimizer", averages),  # they lie where the 32-bit weights do that the optimizer steps
         )
 
     def precision(self, of: Sharding) -> str:
@@ -237,9 +249,8 @@ class Passes:
         Raises:
             LookupError: what a batch is like is not known.
         """
-        if self._batch is None:
-            raise LookupError("batches are made by data.pipeline, which is not asked for one")
         fake = FakeTensorMode(allow_non_fake_inputs=True)
+        batch = self._batch_on(fake, samples)
         model = _ghost(self.cli, "cpu", precision, self.world_size, fake).train()
         switches = switches or self.cli.config_init.speed
         # the others change neither shapes nor what is kept; some of them are switches of the whole process
@@ -247,6 +258,13 @@ class Passes:
             activation_checkpointing=switches.activation_checkpointing, channels_last=switches.channels_last
         )
         speed.apply(only, model)
+        with fake:
+            return fake, model, tree_map_only(Tensor, lambda t: t.to(_dtype(t, precision)), batch)
+
+    def _batch_on(self, fake: FakeTensorMode, samples: int | None) -> Batch:
+        """Return the batch as it comes to the model, on tensors without memory."""
+        if self._batch is None:
+            raise LookupError("batches are made by data.pipeline, which is not asked for one")
         stream, _ = self.cli.datamodule.without_shards(_channels(self.cli.model))  # keeps what has no content
 
         def resized(tensor: Tensor) -> Tensor:
@@ -255,9 +273,8 @@ class Passes:
             return torch.empty_strided((samples, *tensor.shape[1:]), tensor.stride(), dtype=tensor.dtype)
 
         with fake:
-            batch = stream.on_after_batch_transfer(tree_map_only(Tensor, resized, self._batch), 0)
-            batch = tree_map_only(Tensor, lambda t: t.to(_dtype(t, precision)), batch)
-        return fake, model, batch
+            batch: Batch = stream.on_after_batch_transfer(tree_map_only(Tensor, resized, self._batch), 0)
+        return batch
 
     def _activation_bytes(self, precision: str, samples: int) -> int:
         """Return the size of what one training step keeps for its backward pass, each storage counted once."""
