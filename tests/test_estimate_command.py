@@ -18,6 +18,7 @@ from paperscale.jobs import estimating
 from paperscale.recipes import RecipeArguments
 from paperscale.training.estimate import Passes
 from paperscale.training.gpus import GPUS, named, recognised
+from paperscale.training.recipe import built_on_meta
 from paperscale.training.strategies import NAMES
 from paperscale.training.throughput import UTILISATION, work
 
@@ -45,7 +46,7 @@ def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def resnet50(imagenet: Path) -> Passes:
     """Its training steps on one GPU."""
-    return Passes(estimating.built(RecipeArguments.parse([str(imagenet)])), 1)
+    return Passes(built_on_meta(RecipeArguments.parse([str(imagenet)]).to_cli()), 1)
 
 
 def found(capsys: pytest.CaptureFixture[str], *words: str) -> dict:
@@ -72,7 +73,7 @@ def test_resnet_152_is_estimated_without_data_and_without_a_gpu(imagenet, runs, 
 
 
 def test_the_largest_micro_batch_fits_and_one_more_does_not(tiny_recipe):
-    cli = estimating.built(RecipeArguments.parse([str(tiny_recipe), "data.path=/nowhere", "data.size=8"]))
+    cli = built_on_meta(RecipeArguments.parse([str(tiny_recipe), "data.path=/nowhere", "data.size=8"]).to_cli())
     for room in (100 << 20, 1 << 30):
         largest = Passes(cli, 2).largest("32-true", room)
         more = [Passes(cli, 2, largest + samples).under("ddp").activations for samples in (0, 1)]
@@ -93,7 +94,7 @@ def test_operations_are_what_torch_counts(resnet50):
 
 def test_with_checkpointing_blocks_are_computed_twice(tiny_recipe):
     words = ([str(tiny_recipe), f"speed.activation_checkpointing={kind}"] for kind in ("none", "blocks"))
-    once, twice = (work(Passes(estimating.built(RecipeArguments.parse(parts)), 1), "32-true") for parts in words)
+    once, twice = (work(Passes(built_on_meta(RecipeArguments.parse(parts).to_cli()), 1), "32-true") for parts in words)
     assert twice.forward_flops == once.forward_flops
     stem, last = 2 * 9 * 16 * 64, 2 * 64 * 8  # the first convolution and the last layer, which are in no block
     assert twice.backward_flops - once.backward_flops == once.forward_flops - stem - last
@@ -117,7 +118,7 @@ def test_published_rates_of_resnet_50_lie_where_the_estimate_says(resnet50, gpu,
 def test_of_a_pipeline_of_the_users_own_only_the_batches_are_unknown(tiny_recipe):
     data = "{class_path: paperscale.data.WebDatasetStream, init_args: {pipeline: builtins:iter, steps_per_epoch: 2, "
     words = [str(tiny_recipe), "data=null", f"data={data}global_batch_size: 32}}}}"]
-    of = Passes(estimating.built(RecipeArguments.parse(words)), 2)
+    of = Passes(built_on_meta(RecipeArguments.parse(words).to_cli()), 2)
     memory = of.under("ddp")
     assert (memory.samples, memory.activations, memory.optimizer) == (16, None, memory.parameters)
     assert memory.unknown == (

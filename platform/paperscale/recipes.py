@@ -50,8 +50,13 @@ def all_recipes() -> dict[str, Path]:
     A file whose name begins with ``_`` is no recipe: ``_report.yaml`` says what a paper's report shows.
     """
     folders = [assets.recipes_dir(), Path("recipes").resolve()]
-    paths = (path for folder in folders for path in sorted(folder.rglob("*.yaml")))
+    paths = (path for folder in folders for path in sorted(folder.rglob("*.yaml"), key=_by_size))
     return {path.stem: path for path in paths if not path.name.startswith("_")}
+
+
+def _by_size(path: Path) -> list[tuple[int, str]]:
+    """Return what recipes are sorted by: numbers in their names count as numbers."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", str(path))]
 
 
 def find(name: str) -> Path:

@@ -14,7 +14,7 @@ from paperscale.jobs.units import size_bytes
 from paperscale.recipes import RecipeArguments
 from paperscale.training.estimate import Estimate, Passes, why_unknown
 from paperscale.training.gpus import GPU, GPUS, named, recognised
-from paperscale.training.recipe import RecipeCLI
+from paperscale.training.recipe import RecipeCLI, built_on_meta
 from paperscale.training.sharding import sharding
 from paperscale.training.strategies import NAMES
 from paperscale.training.throughput import UTILISATION, Work, work
@@ -80,7 +80,7 @@ def find(arguments: RecipeArguments, wanted: Wanted) -> dict[str, Any]:
         if name not in NAMES:
             fix = nearest(name, NAMES) or f"; use one of {', '.join(NAMES)}"
             raise UserError(f"--strategy {name}: there is no such strategy{fix}")
-    cli = built(arguments)
+    cli = built_on_meta(arguments.to_cli())
     to = target(wanted, cli.datamodule.global_batch_size)
     passes = Passes(cli, to.world_size)
     own = cli.config.trainer.strategy
@@ -109,17 +109,6 @@ def find(arguments: RecipeArguments, wanted: Wanted) -> dict[str, Any]:
         "measured": measured(arguments.recipe.stem),
         "notes": [*of_data, *notes, *of_compute],
     }
-
-
-def built(arguments: RecipeArguments) -> RecipeCLI:
-    """Return a recipe's objects, the model without its weights' memory where its constructor allows that."""
-    import torch
-
-    try:
-        with torch.device("meta"):
-            return RecipeCLI(arguments.to_cli())
-    except Exception:  # a constructor that computes; if it is the recipe that is wrong, the second try says so
-        return RecipeCLI(arguments.to_cli())
 
 
 def target(wanted: Wanted, batch: int) -> Target:

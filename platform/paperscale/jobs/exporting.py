@@ -18,7 +18,7 @@ from paperscale.jobs import snapshot
 from paperscale.jobs.run import Run
 from paperscale.training.checkpoint import RECIPE, fsync_folder
 from paperscale.training.consolidate import write_file
-from paperscale.training.recipe import RecipeCLI
+from paperscale.training.recipe import built_on_meta
 from paperscale.training.weights import Weights
 
 _OF_HUGGINGFACE = "model.safetensors", "config.json"
@@ -68,12 +68,7 @@ def _module(checkpoint: Path) -> LightningModule:
     run = Run(checkpoint.parent.parent)
     if (run.path / "run.json").exists():
         snapshot.use(run.path / "code", Path(run.info.workdir))
-    recipe = [f"--config={checkpoint / RECIPE}"]
-    try:
-        with torch.device("meta"):
-            return RecipeCLI(recipe).model
-    except Exception:  # a constructor that computes; if it is the recipe that is wrong, the second try says so
-        return RecipeCLI(recipe).model
+    return built_on_meta([f"--config={checkpoint / RECIPE}"]).model
 
 
 def _asked(module: LightningModule, method: str, format: str) -> dict[str, Any]:

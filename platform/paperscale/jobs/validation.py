@@ -153,17 +153,9 @@ class Validator:
         return not known
 
     def _built(self, arguments: RecipeArguments) -> Any:
-        import torch
+        from paperscale.training.recipe import RecipeCLI, built_on_meta
 
-        from paperscale.training.recipe import RecipeCLI
-
-        if not self.without_memory:
-            return RecipeCLI(arguments.to_cli())
-        try:
-            with torch.device("meta"):
-                return RecipeCLI(arguments.to_cli())
-        except Exception:  # a constructor that computes; if it is the recipe that is wrong, the second try says so
-            return RecipeCLI(arguments.to_cli())
+        return (built_on_meta if self.without_memory else RecipeCLI)(arguments.to_cli())
 
     def _check_data(self, cli: Any) -> None:
         """Check the shards and the division of the batch over the processes."""
@@ -255,7 +247,7 @@ class Validator:
     def _check_memory(self, cli: Any) -> None:
         """Compare what the training needs with what a GPU has."""
         config = cli.config.as_dict()
-        parts = [_without_floats(config[part]) for part in ("model", "data", "trainer")]
+        parts = [_without_floats(config[part]) for part in ("model", "data", "trainer", "speed")] + [config["ema"]]
         memory = self.place.gpu_memory
         if not (memory and self.place.gpus_per_node) or not self._new(("memory", parts)):
             return
@@ -275,7 +267,8 @@ class Validator:
         if found.total > memory:
             self._warnings[
                 f"training will take about {gib(found.total)} of a GPU's {gib(memory)}, {gib(found.activations or 0)} "
-                f"of it for {found.samples} samples a pass: set data.micro_batch_size below {found.samples}"
+                f"of it for {found.samples} samples a pass: set data.micro_batch_size below {found.samples}, or "
+                "speed.activation_checkpointing=blocks"
             ] = None
 
 

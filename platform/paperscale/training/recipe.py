@@ -165,6 +165,21 @@ class RecipeCLI(LightningCLI):
         return self.parser.dump(self.config, skip_link_targets=False)
 
 
+def built_on_meta(args: list[str]) -> RecipeCLI:
+    """Return a recipe's objects, the model without its weights' memory where its constructor allows that.
+
+    Raises:
+        UserError: the recipe is wrong.
+    """
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return RecipeCLI(args)
+    except Exception:  # a constructor that computes; if it is the recipe that is wrong, the second try says so
+        return RecipeCLI(args)
+
+
 def explain(message: str, parser: LightningArgumentParser) -> str:
     """Turn a parser's complaint into one line that names the key and the nearest right one."""
     if found := re.search(r"[Uu]nrecognized arguments: --([\w.]+)", message):
