@@ -81,7 +81,9 @@ def test_memory_is_compared_with_the_gpus(tiny_recipe):
         validate(tiny_recipe, place=small)
     (warning,) = validate(tiny_recipe, place=Place(1, 1, 1, 2 << 20))
     assert "training will take about" in warning
-    assert warning.endswith("for 32 samples a pass: set data.micro_batch_size below 32")
+    assert warning.endswith(
+        "for 32 samples a pass: set data.micro_batch_size below 32, or speed.activation_checkpointing=blocks"
+    )
     assert validate(tiny_recipe, "data.micro_batch_size=1", place=Place(1, 1, 1, 2 << 20)) == ()
 
 
