@@ -23,7 +23,7 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def own_shards(tmp_path: Path, tiny_shards: Path) -> Path:
     """A set of shards that a test may damage."""
-    return Path(shutil.copytree(tiny_shards, tmp_path / "shards"))
+    return Path(shutil.copytree(tiny_shards, tmp_path / "shards", ignore=shutil.ignore_patterns("mean-*")))
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ class Work:
 
 WORKS = {
     "tiny": Work("one layer, 32 to 4, batches of 8", 8, 1000, 50, length=32),
-    "resnet20": Work("ResNet-20, batches of 128 images of 28 x 28", 128, 8, 2, side=28),
+    "resnet20": Work("ResNet-20, batches of 128 images of 28 x 28", 128, 16, 3, side=28),
     "transformer": Work("2 layers of a Transformer, width 128, batches of 8 x 128 tokens", 8, 16, 3, length=128),
 }
 

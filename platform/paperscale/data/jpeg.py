@@ -29,6 +29,7 @@ import PIL
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from paperscale.data import png
 from paperscale.data.native import build
 
 Content = bytes | bytearray | memoryview
@@ -93,8 +94,11 @@ def decode_into(
     if out.dtype != np.uint8 or out.ndim != 3 or out.shape[2] not in (1, 3) or not out.flags.c_contiguous:
         raise ValueError(f"out must be C-contiguous uint8 [height, width, 1 or 3], not {out.dtype} {out.shape}")
     corners = None if box is None else _Corners(box[1], box[0], box[1] + box[3], box[0] + box[2])
-    if not _native("crops_decode", content, out.ctypes.data, *out.shape, corners, flip, max_reduction):
-        _with_pillow(content, out, corners, flip)
+    if _native("crops_decode", content, out.ctypes.data, *out.shape, corners, flip, max_reduction):
+        return
+    if corners is None and (library := _load()[0]) and png.decode_into(content, out, flip, library):
+        return
+    _with_pillow(content, out, corners, flip)
 
 
 def backend() -> str:
@@ -114,6 +118,7 @@ _SIGNATURES = {
     "crops_decode": [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
     + 3 * [ctypes.c_int]
     + [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_char_p],
+    "crops_unfilter": [ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_void_p],
 }
 
 
