@@ -176,6 +176,21 @@ def test_grey_images_are_repeated_over_the_channels():
     assert torch.equal(network(grey), network(grey.repeat(1, 3, 1, 1)))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"milestones": (30, 60)}, "rising fractions of the training"),
+        ({"milestones": (0.75, 0.5)}, "rising fractions of the training"),
+        ({"classes": 5}, "model.classes=5 and model.network.classes=10 differ"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        ResNetClassifier(CifarResNet(1), **options)
+    with pytest.raises(UserError, match="does not tell its number of classes"):
+        ResNetClassifier(torch.nn.Linear(2, 2))
+
+
 # -- training ----------------------------------------------------------------------------------------------------
 
 
@@ -269,10 +284,11 @@ def test_a_larger_image_is_scored_by_the_mean_over_all_places():
 
 def test_each_way_of_testing_names_what_it_reproduces():
     model = ResNetClassifier(CifarResNet(1))
-    assert "tables 2 and 3" in model.reproduces("ten")
-    assert "table 4" in model.reproduces("dense")
+    assert model.reproduces("ten") == "10-crop testing, as in tables 2 and 3"
+    assert model.reproduces("dense").endswith("as in table 4")
     model.network = Ensemble([CifarResNet(1), CifarResNet(1)])
-    assert model.reproduces("dense").endswith("several scales: table 5")
+    assert model.reproduces("dense").endswith("several scales, as in table 5")
+    assert model.reproduces("center") == "an ensemble of 2 networks, the centre crop"
 
 
 # -- torchvision -------------------------------------------------------------------------------------------------

@@ -1,26 +1,32 @@
 """Deep Residual Learning for Image Recognition. He, Zhang, Ren, Sun. 2015. https://arxiv.org/abs/1512.03385
 
-=============================================  ===========================================================
-the paper                                      here
-=============================================  ===========================================================
-F(x) + x (eqn. 1), W_s x (eqn. 2)              ``BasicBlock.forward``, ``shortcut``
-building blocks (figure 5)                     ``BasicBlock``, ``Bottleneck``
-options A, B and C (section 3.3, table 3)      ``shortcut="A"``, ``"B"``, ``"C"``
-plain networks (section 3.3)                   ``residual=False``
-18, 34, 50, 101, 152 layers (table 1)          ``ResNet(depth=...)``, stages ``conv2_x`` to ``conv5_x``
-6n + 2 layers (section 4.2)                    ``CifarResNet(n=...)``
-shallow net plus identities (section 1)        ``deepen``
-SGD, drops, warm-up of 110 layers (3.4, 4.2)   ``ResNetClassifier.configure_optimizers``
-10-crop, multi-scale, single view (3.4, 4.2)   ``ResNetClassifier.scores``
-VGG, highway networks (compared with)          ``VGG``, ``shortcut="gated"``
-=============================================  ===========================================================
+==============================================  ==========================================================
+the paper                                       here
+==============================================  ==========================================================
+F(x) + x (eqn. 1), W_s x (eqn. 2)               ``Block.joined``, ``Block.shortcut``
+building blocks (figure 5)                      ``BasicBlock``, ``Bottleneck``
+options A and B (section 3.3), C (section 4.1)  ``shortcut="A"``, ``"B"``, ``"C"``
+plain networks (section 3.3)                    ``residual=False``
+18, 34, 50, 101, 152 layers (table 1)           ``ResNet(depth=...)``, stages ``conv2_x`` to ``conv5_x``
+6n + 2 layers (section 4.2)                     ``CifarResNet(n=...)``
+shallow net plus identities (section 1)         ``deepen``
+augmentation, crops, scales (3.4, 4.2)          ``data`` of the recipes: ``paperscale.data.ImageShards``
+SGD, drops, warm-up of 110 layers (3.4, 4.2)    ``ResNetClassifier.configure_optimizers``
+scores of several views (3.4)                   ``ResNetClassifier.scores``
+layer responses (figure 7)                      ``LayerResponses``, a callback of the recipes
+VGG, highway networks (compared with)           ``VGG``, ``shortcut="gated"``
+==============================================  ==========================================================
 
 Where we depart from the paper, and why:
 
 - The learning rate is divided by 10 at fixed fractions of the training: on ImageNet the paper waits for the error to
-  plateau, which nobody can repeat.
-- Weights are drawn from He's normal distribution by fan-out, as the authors' released models and every PyTorch
-  descendant do; the paper does not say which fan.
+  plateau, which nobody can repeat. 110 layers are warmed up for 400 steps, where the paper waits for a training error
+  below 80 %, "about 400"; 1202 layers likewise, of which the paper does not speak.
+- Weights of convolutions are drawn from He's normal distribution by fan-out, as in fb.resnet.torch and torchvision; the
+  paper does not say which fan. The fully connected layer's are PyTorch's.
+- Weight decay is on all parameters, as in fb.resnet.torch; the paper does not say.
+- On ImageNet the recipes subtract the mean of each channel and divide by its deviation, in place of a mean per pixel,
+  and compute in bf16. At several scales, logits are averaged over the places of the last map before the softmax.
 - SGD is PyTorch's, v = momentum v + g, w = w - lr v; the authors' Caffe keeps v = momentum v + lr g, which differs for
   some steps after each drop.
 - ``bottleneck_stride="3x3"`` moves a bottleneck's stride to its 3x3 convolution, as Torch's and torchvision's models
@@ -253,7 +259,7 @@ class ResNet(nn.Module):
         if depth not in BLOCKS:
             raise UserError(f"network.depth={depth}: table 1 has {', '.join(map(str, BLOCKS))}; use one of these")
         self.depth, self.shortcut, self.residual, self.biases = depth, shortcut, residual, biases
-        self.channels, self.bottleneck_stride = channels, bottleneck_stride
+        self.classes, self.channels, self.bottleneck_stride = classes, channels, bottleneck_stride
         self._channels_in = 64
         self.conv1, self.bn1 = nn.Conv2d(channels, 64, 7, 2, padding=3, bias=biases), nn.BatchNorm2d(64)
         counts = BLOCKS[depth][1]
@@ -331,7 +337,7 @@ class CifarResNet(nn.Module):
         zero_init: begin with blocks that are identities.
 
     Raises:
-        ValueError: n is less than 1.
+        UserError: n is less than 1.
     """
 
     def __init__(
@@ -345,7 +351,7 @@ class CifarResNet(nn.Module):
     ):
         super().__init__()
         if n < 1:
-            raise ValueError(f"n must be at least 1, not {n}")
+            raise UserError(f"network.n={n}: use 1 or more; 3 gives 20 layers")
         self.n, self.classes, self.channels, self.shortcut, self.residual = n, classes, channels, shortcut, residual
         self.conv1, self.bn1 = conv3x3(channels, 16), nn.BatchNorm2d(16)
         blocks: list[nn.Module] = []
@@ -408,9 +414,10 @@ def _make_identity(block: BasicBlock) -> None:
 
 
 class D2LResNet18(ResNet):
-    """ResNet-18 as chapter 8.6 of Dive into Deep Learning (d2l.ai) builds it: 11,178,378 parameters.
+    """ResNet-18 as Dive into Deep Learning (d2l.ai) builds it in its first edition: 11,178,378 parameters.
 
-    Convolutions have biases, projections have no batch normalisation, weights are drawn as PyTorch does by default.
+    Convolutions have biases, projections have no batch normalisation, weights are drawn from Xavier's uniform
+    distribution, as the book's training function does.
 
     Args:
         classes: K.
@@ -420,8 +427,9 @@ class D2LResNet18(ResNet):
     def __init__(self, classes: int = 10, channels: int = 1):
         super().__init__(18, classes, channels, biases=True)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
                 module.reset_parameters()
+                nn.init.xavier_uniform_(module.weight)
 
 
 class VGG(nn.Module):
@@ -441,7 +449,7 @@ class VGG(nn.Module):
         super().__init__()
         if depth not in (16, 19):
             raise UserError(f"network.depth={depth}: VGG has 16 or 19 layers; use one of these")
-        self.channels = channels
+        self.classes, self.channels = classes, channels
         layers: list[nn.Module] = []
         channels_in = channels
         for width, count in zip((64, 128, 256, 512, 512), (2, 2) + ((depth - 7) // 3,) * 3, strict=True):
@@ -464,13 +472,28 @@ class VGG(nn.Module):
 
 # -- objective and training: section 3.4 and 4.2 -----------------------------------------------------------
 
-REPRODUCES = {
-    "none": "single view of the whole image: section 4.2, table 6",
-    "center": "centre crop: figure 4 and the 1-crop figures of the authors' released models",
-    "ten": "10-crop testing: tables 2 and 3",
-    "dense": "fully convolutional at several scales: table 4",
+
+def classes_of(network: nn.Module, classes: int | None) -> int:
+    """Return the number of classes that a network tells apart.
+
+    Raises:
+        UserError: it has another number than ``classes``, or neither tells.
+    """
+    own: int | None = getattr(network, "classes", None)
+    if classes and own and classes != own:
+        raise UserError(f"model.classes={classes} and model.network.classes={own} differ: leave model.classes out")
+    if not (found := classes or own):
+        raise UserError(f"{type(network).__name__} does not tell its number of classes: set model.classes")
+    return found
+
+
+PROTOCOLS = {
+    "none": "a single view of the whole image, as in table 6",
+    "center": "the centre crop, as in figure 4",
+    "ten": "10-crop testing, as in tables 2 and 3",
+    "dense": "fully convolutional at several scales, as in table 4",
 }
-"""How images are seen in evaluation (``data.eval_crop``), to what of the paper that reproduces."""
+"""How images are seen in evaluation (``data.eval_crop``), to where in the paper that is done."""
 
 
 class ResNetClassifier(LightningModule):
@@ -482,15 +505,18 @@ class ResNetClassifier(LightningModule):
         lr_batch_size: the global batch that ``lr`` is for: with another one it is scaled in proportion (Goyal et al.
             2017, section 2.1), as when the batch has grown with the number of GPUs. ``null``: never scaled.
         momentum: of SGD and LARS.
-        weight_decay: on all parameters, as in the authors' release.
+        weight_decay: on all parameters.
         decay_norms: ``False`` leaves biases and batch normalisation without weight decay.
         optimizer: ``sgd``, as in the paper; ``lamb`` or ``lars`` for large batches.
         schedule: ``steps``: divided by 10 at each milestone; ``cosine``: down to 0.
-        milestones: fractions of the training.
+        milestones: rising fractions of the training, between 0 and 1.
         warmup_steps: steps until ``lr`` is reached; the paper warms 110 layers up for about 400.
         warmup_lr: learning rate during these steps (the paper's 0.01); by default it rises linearly.
         label_smoothing: share of the target that is spread over all classes (Szegedy et al. 2015, section 7).
-        classes: K.
+        classes: K, by default as the network says.
+
+    Raises:
+        UserError: the milestones are no such fractions, or the network has another number of classes, or tells none.
     """
 
     def __init__(
@@ -507,20 +533,26 @@ class ResNetClassifier(LightningModule):
         warmup_steps: int = 0,
         warmup_lr: float | None = None,
         label_smoothing: float = 0.0,
-        classes: int = 10,
+        classes: int | None = None,
     ):
         super().__init__()
+        if list(milestones) != sorted(milestones) or not all(0 < fraction < 1 for fraction in milestones):
+            raise UserError(
+                f"model.milestones={list(milestones)}: give rising fractions of the training, for example "
+                "[0.25, 0.5, 0.75]"
+            )
+        self.classes = classes_of(network, classes)
         self.network = network
         self.lr, self.lr_batch_size = lr, lr_batch_size
         self.momentum, self.weight_decay, self.decay_norms = momentum, weight_decay, decay_norms
         self.optimizer_name, self.schedule, self.milestones = optimizer, schedule, milestones
         self.warmup_steps, self.warmup_lr = warmup_steps, warmup_lr
         self.label_smoothing = label_smoothing
-        self.train_accuracy = MulticlassAccuracy(classes, average="micro")
-        self.val_accuracy, self.test_accuracy = (MulticlassAccuracy(classes, average="micro") for _ in range(2))
-        self.val_accuracy_top5, self.test_accuracy_top5 = (
-            MulticlassAccuracy(classes, top_k=min(5, classes), average="micro") for _ in range(2)
-        )
+        self.train_accuracy = MulticlassAccuracy(self.classes, average="micro")
+        for stage in ("val", "test"):
+            setattr(self, f"{stage}_accuracy", MulticlassAccuracy(self.classes, average="micro"))
+            if self.classes > 5:
+                setattr(self, f"{stage}_accuracy_top5", MulticlassAccuracy(self.classes, top_k=5, average="micro"))
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         """Return logits, shape [B, K]."""
@@ -537,7 +569,7 @@ class ResNetClassifier(LightningModule):
         return torch.lerp(entropy(batch["other_label"]), entropy(batch["label"]), batch["share"]).mean()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Return the loss of one micro-batch."""
+        """Return the loss of one micro-batch; the accuracy is over the epoch, of mixed images by their own label."""
         logits_BK = self(batch["image"])
         loss = self.loss(logits_BK, batch)
         self.train_accuracy.update(logits_BK, batch["label"])
@@ -567,7 +599,7 @@ class ResNetClassifier(LightningModule):
         """Score one batch; also without the smoothing of labels, which would be part of the loss."""
         logits_BK, label_B = self.scores(batch["image"]), batch["label"]
         self.log(f"{stage}/loss", F.cross_entropy(logits_BK, label_B), batch_size=len(label_B), on_epoch=True)
-        for name in ("accuracy", "accuracy_top5"):
+        for name in ("accuracy", "accuracy_top5") if self.classes > 5 else ("accuracy",):
             metric = getattr(self, f"{stage}_{name}")
             metric.update(logits_BK, label_B)
             self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, batch_size=len(label_B))
@@ -614,11 +646,12 @@ class ResNetClassifier(LightningModule):
         return {f"network.{name}": other for name, other in self.network.torchvision_names().items()}
 
     def reproduces(self, eval_crop: str) -> str:
-        """Return what of the paper an evaluation reproduces."""
-        if isinstance(self.network, Ensemble):
-            views = REPRODUCES[eval_crop].partition(":")[0]
-            return f"ensemble of {len(self.network.networks)} networks, {views}: table 5"
-        return REPRODUCES[eval_crop]
+        """Return which of the paper's protocols an evaluation follows."""
+        if not isinstance(self.network, Ensemble):
+            return PROTOCOLS[eval_crop]
+        views, _, _ = PROTOCOLS[eval_crop].partition(",")
+        where = ", as in table 5" if eval_crop == "dense" else ""
+        return f"an ensemble of {len(self.network.networks)} networks, {views}{where}"
 
 
 def _alike(images: list[list[Tensor]]) -> Iterator[tuple[list[int], Tensor]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -17,6 +16,12 @@ from paperscale.report.svg import BOTTOM, COLOURS, RIGHT, TOP, WIDTH, Trace, plo
 from paperscale.report.verdicts import Sample
 
 _ROW = 26  # pixels between two rows of dots
+_MOMENTS = {
+    "first": "as first logged",
+    "mean": "mean over the training",
+    "geometric": "geometric mean over the training",
+    "last": "at the end of training",
+}
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ def _curves(figure: Figure, chosen: Mapping[str, Members], numbers: Mapping[str,
 def _layers(figure: Figure, chosen: Mapping[str, Members], numbers: Mapping[str, int]) -> Drawn:
     traces, banded = [], False
     for name, of in chosen.items():
-        rows = [layer_values(record, figure.metric, figure.at) for record in of.counted]
+        rows = [record.layers(figure.metric, figure.at) for record in of.counted]
         rows = [row for row in rows if row]
         layers = sorted(set.intersection(*(set(row) for row in rows))) if rows else []
         if not layers:
@@ -111,26 +116,12 @@ def _layers(figure: Figure, chosen: Mapping[str, Members], numbers: Mapping[str,
         traces.append(
             Trace(of.group.label or name, numbers[name], curves.Line(x, mean, *band), len(x) < 120, names=names)
         )
-    notes = [
-        {"last": "at the end of training", "first": "as first logged", "mean": "mean over the training"}[figure.at]
-    ]
+    notes = [_MOMENTS[figure.at]]
     notes += ["band: ± 1 standard deviation over seeds"] if banded else []
     what = figure.metric.rstrip("/")
     x_title = "layers, by size" if figure.sort else "layer"
     picture = plot(traces, x_title, what, figure.x == "log", figure.y == "log")
     return Drawn(figure.title or what, picture, notes if picture else [])
-
-
-def layer_values(record: Record, prefix: str, at: str) -> dict[tuple[int, str], float]:
-    """Return a run's numbers by layer: its number in the network and its name, from metrics ``PREFIX/NN_name``."""
-    found = {}
-    pattern = re.compile(rf"{re.escape(prefix.rstrip('/'))}/(\d+)_(.*)")
-    for key, curve in record.curves.items():
-        match = pattern.fullmatch(key)
-        if match and len(curve.values):
-            value = {"first": curve.values[0], "mean": curve.values.mean(), "last": curve.values[-1]}[at]
-            found[int(match[1]), match[2]] = float(value)
-    return found
 
 
 # -- a number of each run ------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +38,14 @@ _NOT_TRAINING = (  # keys of a recipe that change nothing about what is learned,
     "data.num_processes",
     "data.micro_batch_size",
 )
+
+
+_MOMENTS: dict[str, Callable[[Floats], Any]] = {
+    "first": lambda values: values[0],
+    "mean": np.mean,
+    "geometric": lambda values: np.exp(np.log(values).mean()),
+    "last": lambda values: values[-1],
+}
 
 
 @dataclass(frozen=True)
@@ -92,9 +101,10 @@ class Record:
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
-        """Return what ``paperscale test`` has stored of this run alone, the plainest and then the newest first."""
+        """Return what ``paperscale test`` has stored of this run alone, the plainest first, of those the newest."""
         found = [read_json(path) for path in sorted((self.run.path / "evaluations").glob("*.json"))]
-        found = [each for each in found if isinstance(each.get("metrics"), dict) and not each.get("ensemble")]
+        found = [each for each in found if each.get("stage") == "test" and isinstance(each.get("metrics"), dict)]
+        found = [each for each in found if not each.get("ensemble")]
         found.sort(key=lambda each: str(each.get("date", "")), reverse=True)
         return sorted(found, key=lambda each: len(each.get("overrides", [])) + len(each.get("overlays", [])))
 
@@ -130,10 +140,13 @@ class Record:
         """Return the final value of a metric, ``None`` where there is none.
 
         Args:
-            metric: its name.
+            metric: its name; ending in ``/``, the mean over the layers, for which :meth:`read_curves` comes first.
             protocol: of ``data.eval_crop``: the run's own result if it was trained with it, else the one that
                 ``paperscale test RUN data.eval_crop=PROTOCOL`` has stored; empty for the run's own.
         """
+        if metric.endswith("/"):
+            layers = self.layers(metric, "last")
+            return float(np.mean(list(layers.values()))) if layers else None
         if not protocol or lookup(self.recipe, "data.eval_crop") == protocol:
             return self.results.get(metric)
         wanted = f"data.eval_crop={protocol}"
@@ -141,6 +154,25 @@ class Record:
             if metric in found["metrics"] and wanted in map(_as_override, found.get("overrides", [])):
                 return found["metrics"][metric]
         return None
+
+    def layers(self, prefix: str, at: str) -> dict[tuple[int, str], float]:
+        """Return numbers by layer: its number in the network and its name, from metrics ``PREFIX/NN_name``.
+
+        Args:
+            prefix: of the metrics, with or without ``/`` at its end.
+            at: of :data:`paperscale.report.spec.MOMENTS`; a geometric mean is over the values greater than 0.
+        """
+        found = {}
+        pattern = re.compile(rf"{re.escape(prefix.rstrip('/'))}/(\d+)_(.*)")
+        for key, curve in self.curves.items():
+            values = curve.values[curve.values > 0] if at == "geometric" else curve.values
+            if len(values) and (match := pattern.fullmatch(key)):
+                found[int(match[1]), match[2]] = float(_MOMENTS[at](values))
+        return found
+
+    def logged(self) -> set[str]:
+        """Return the names of everything in ``metrics.jsonl``."""
+        return {key for row in _rows(self.run.metrics) for key in row}
 
     def read_curves(self, names: Iterable[str], prefixes: Sequence[str]) -> None:
         """Read ``metrics.jsonl``; fills :attr:`curves`.
@@ -212,11 +244,19 @@ def read_records(folders: Sequence[Path], wanted: Callable[[RunInfo], bool]) -> 
     return [Record(of.run, of.info, now.state, of.results) for of, now in zip(facts, states, strict=True)]
 
 
+def may_be(group: Group, recipe: str) -> bool:
+    """Return whether runs of a recipe of this name may be of a group."""
+    return fnmatch.fnmatchcase(recipe, group.recipe)
+
+
+def mismatches(record: Record, group: Group) -> list[str]:
+    """Return the keys in which a run is not as a group's ``where`` says."""
+    return [key for key, value in group.where.items() if not _equal(lookup(record.recipe, key), value)]
+
+
 def matches(record: Record, group: Group) -> bool:
     """Return whether a run is one of a group."""
-    if not fnmatch.fnmatchcase(record.info.recipe, group.recipe):
-        return False
-    return all(_equal(lookup(record.recipe, key), value) for key, value in group.where.items())
+    return may_be(group, record.info.recipe) and not mismatches(record, group)
 
 
 def lookup(recipe: Any, key: str, default: Any = None) -> Any:

@@ -17,7 +17,7 @@ NAME = "_report.yaml"
 KINDS = ("curves", "layers", "dots")
 UNITS = ("", "%", "error %")
 SCALES = ("linear", "log")
-MOMENTS = ("first", "mean", "last")
+MOMENTS = ("first", "mean", "geometric", "last")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Column:
 
     Attributes:
         title: of the column.
-        metric: its name in ``results.json``.
+        metric: its name in ``results.json``; ending in ``/``, the mean over layers of the last values logged under
+            ``PREFIX/NN_name``.
         unit: ``%`` and ``error %`` show a fraction x as 100 x and 100 (1 - x); empty shows it as it is.
         evaluation: protocol of ``data.eval_crop`` that the number belongs to; empty for the run's own result.
     """
@@ -64,11 +65,13 @@ class Table:
         columns: what is compared.
         rows: group to the paper's numbers in the order of the columns; texts are shown as they are.
         title: of the table.
+        note: what a reader must know of its numbers.
     """
 
     columns: list[Column]
     rows: dict[str, list[Any]]
     title: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Check:
         metric: as in :class:`Column`.
         unit: as in :class:`Column`.
         evaluation: as in :class:`Column`.
-        order: groups whose means must ascend; or else
+        order: groups whose means must ascend, by two standard errors; or else
         group: the group whose mean must be
         near: this number, within
         tolerance: this much;
@@ -115,7 +118,7 @@ class Figure:
         x: ``linear`` or ``log``.
         y: ``linear`` or ``log``.
         smooth: share of a run's steps over which a curve is averaged.
-        at: of ``layers``, which of the logged values: ``first``, ``mean``, ``last``.
+        at: of ``layers``, which of the logged values: ``first``, ``last``, or over all of them ``mean``, ``geometric``.
         sort: of ``layers``, whether they are ordered by their values, largest first.
     """
 
@@ -208,11 +211,20 @@ def read(path: Path) -> Spec:
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}; mend the YAML") from error
+        raise UserError(f"{path}: {_reason(error)}; mend the YAML") from error
     spec = _Reader(path).value(Spec, content, "")
     for number, section in enumerate(spec.sections):
         _check_section(section, f"{path}: sections[{number}]")
     return spec
+
+
+def _reason(error: Exception) -> str:
+    """Return what is wrong with a file, and in which line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        mark = error.problem_mark
+        context = f"{error.context}, " if error.context else ""
+        return f"line {mark.line + 1}, column {mark.column + 1}: {context}{error.problem}"
+    return " ".join(str(error).replace('in "<unicode string>", ', "").split())
 
 
 class _Reader:

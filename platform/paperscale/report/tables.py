@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from paperscale.report.runs import Members, Record, finals
+from paperscale import recipes
+from paperscale.errors import UserError
+from paperscale.jobs.run import read_json
+from paperscale.report.runs import Members, Record, finals, lookup
 from paperscale.report.spec import Column, Group, Section, Table
 from paperscale.report.verdicts import Sample, decimals
 
@@ -43,14 +48,19 @@ class Block:
     members: dict[str, Members]
 
 
-def _command(group: Group, setting: dict[str, Any]) -> str:
-    """Return what makes a run of a group."""
-    if group.command:
-        return group.command
+def _commands(group: Group, setting: dict[str, Any], columns: Sequence[Column]) -> list[str]:
+    """Return what makes a run of a group, and then what tests it by the protocols of a table."""
+    own: dict[str, Any] = {}
+    with contextlib.suppress(UserError):  # a recipe that only the runs know
+        own = recipes.read(recipes.find(group.recipe))
     keys = {key: value for key, value in {**group.where, **setting}.items() if not isinstance(value, (list, dict))}
-    plain = {key: value for key, value in keys.items() if value is not None and not _is_pattern(value)}
-    words = [f"{key}={json.dumps(value) if isinstance(value, bool) else value}" for key, value in plain.items()]
-    return shlex.join(["paperscale", "fit", group.recipe, *words])
+    keys = {key: value for key, value in keys.items() if value is not None and not _is_pattern(value)}
+    keys = {key: value for key, value in keys.items() if lookup(own, key) != value}
+    words = [f"{key}={json.dumps(value) if isinstance(value, bool) else value}" for key, value in keys.items()]
+    protocols = dict.fromkeys(column.evaluation for column in columns if column.evaluation)
+    protocols = [protocol for protocol in protocols if lookup(own, "data.eval_crop") != protocol]
+    tests = [f"paperscale test RUN data.eval_crop={protocol}" for protocol in protocols]
+    return [group.command or shlex.join(["paperscale", "fit", group.recipe, *words]), *tests]
 
 
 def _is_pattern(value: Any) -> bool:
@@ -93,7 +103,7 @@ def table_rows(table: Table, block: Block) -> dict[str, Any]:
             {
                 "label": members.group.label or name,
                 "note": members.group.note,
-                "command": "" if members.counted else _command(members.group, block.setting),
+                "commands": [] if members.counted else _commands(members.group, block.setting, table.columns),
                 "cells": [
                     {"paper": _paper_text(number) if shown else None, "ours": cell}
                     for number, shown, cell in zip(numbers, with_paper, cells, strict=True)
@@ -102,7 +112,7 @@ def table_rows(table: Table, block: Block) -> dict[str, Any]:
             }
         )
     columns = [{"title": f"{c.title}", "paper": shown} for c, shown in zip(table.columns, with_paper, strict=True)]
-    return {"title": table.title, "columns": columns, "rows": rows}
+    return {"title": table.title, "note": table.note, "columns": columns, "rows": rows}
 
 
 def _paper_text(number: Any) -> str:
@@ -115,11 +125,11 @@ def _paper_text(number: Any) -> str:
 
 
 def run_rows(section: Section, block: Block) -> tuple[list[Column], list[dict[str, Any]]]:
-    """Return the columns of the list of runs, and what it says of each."""
+    """Return the columns of the list of runs, and what it says of each: by row, then by seed."""
     columns = list(dict.fromkeys(column for table in section.tables for column in table.columns))
     rows = []
     for name, members in block.members.items():
-        for record in members.all:
+        for record in sorted(members.all, key=_seed):
             values = [finals([record], c.metric, c.unit, c.evaluation) for c in columns]
             state = "repeated by a newer run" if record in members.repeats else record.state
             rows.append(
@@ -135,10 +145,32 @@ def run_rows(section: Section, block: Block) -> tuple[list[Column], list[dict[st
                     "date": f"{datetime.datetime.fromtimestamp(record.info.created):%Y-%m-%d}",
                     "versions": _versions(record),
                     "hardware": record.hardware,
-                    "command": record.info.command,
+                    "command": _command(record),
                 }
             )
     return columns, rows
+
+
+def _seed(record: Record) -> tuple[bool, int, float]:
+    seed = record.recipe.get("seed_everything")
+    return (True, seed, record.info.created) if isinstance(seed, int) else (False, 0, record.info.created)
+
+
+_OF_A_SWEEP = ("--sweep", "--max-parallel", "--name")
+
+
+def _command(record: Record) -> str:
+    """Return what makes a run: of one of a sweep, the sweep's command with the values that the run was given."""
+    command, group = record.info.command, record.info.group
+    values = read_json(record.run.path.parent / group / "sweep.json").get(record.info.name) if group else None
+    if not values:
+        return command
+    kept, skip = [], False
+    for word in shlex.split(command):
+        if not skip and word.partition("=")[0] not in _OF_A_SWEEP:
+            kept.append(word)
+        skip = not skip and word in _OF_A_SWEEP
+    return shlex.join([*kept, *(f"{key}={value}" for key, value in values.items())])
 
 
 def _versions(record: Record) -> str:

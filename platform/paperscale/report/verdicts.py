@@ -11,7 +11,9 @@ from itertools import pairwise
 from paperscale.report.runs import Members, finals
 from paperscale.report.spec import Check
 
-HOLDS, FAILS, OPEN = "holds", "does not hold", "not decided"
+HOLDS, FAILS, OPEN, WAITS = "holds", "does not hold", "not decided", "no result"
+_ERRORS = 2.0
+"""Standard errors that a difference must reach: beyond that, chance alone rarely leads two equal means apart."""
 
 
 @dataclass(frozen=True)
@@ -62,53 +64,59 @@ class Verdict:
 
     Attributes:
         claim: the statement.
-        word: :data:`HOLDS`, :data:`FAILS` or :data:`OPEN`.
+        word: :data:`HOLDS`, :data:`FAILS`, :data:`OPEN` (there are numbers) or :data:`WAITS` (there are none).
         detail: the numbers it rests on.
+        why: what leaves it open.
     """
 
     claim: str
     word: str
     detail: str
+    why: str = ""
 
 
 def judge(check: Check, members: Mapping[str, Members]) -> Verdict:
     """Return whether a statement holds for the finished runs.
 
-    It is open while a group has no finite number. An order holds if each group's mean is greater than the one's
-    before it; the difference is also told in spreads, the root of the sum of both variances.
+    It waits while a group has no finite number. An order holds if each group's mean is greater than the one's before
+    it by at least two standard errors of their difference, and does not if one is less by as much; else it is open.
     """
     names = check.order or [check.group]
     samples = [Sample.of(finals(members[name].counted, check.metric, check.unit, check.evaluation)) for name in names]
     labels = [members[name].group.label or name for name in names]
     missing = [label for label, sample in zip(labels, samples, strict=True) if not sample.values]
     if missing:
-        return Verdict(check.claim, OPEN, f"no result of {', '.join(missing)}")
+        return Verdict(check.claim, WAITS, f"of {', '.join(missing)}")
     unit = " %" if check.unit else ""
     told = [f"{label} {sample}{unit} ({len(sample.values)})" for label, sample in zip(labels, samples, strict=True)]
     told += [
         f"{sample.broken} of {label} not finite" for label, sample in zip(labels, samples, strict=True) if sample.broken
     ]
-    holds, how = _ascends(samples) if check.order else _within(check, samples[0])
-    return Verdict(check.claim, HOLDS if holds else FAILS, "; ".join([", ".join(told), *how]))
+    (word, why), how = _ascends(samples) if check.order else _within(check, samples[0])
+    return Verdict(check.claim, word, "; ".join([", ".join(told), *how]), why)
 
 
-def _ascends(samples: Sequence[Sample]) -> tuple[bool, list[str]]:
-    how, holds = [], True
-    for lower, upper in pairwise(samples):
-        difference = upper.mean - lower.mean
-        holds &= difference > 0
-        text = f"{difference:+.{decimals(difference, None)}f}"
-        if lower.spread is None or upper.spread is None:
-            how.append(f"{text}, no spread of one seed")
-        elif spread := math.hypot(lower.spread, upper.spread):
-            within = ", within the spread" if abs(difference) < spread else ""
-            how.append(f"{text}, {abs(difference) / spread:.1f} spreads{within}")
-        else:
-            how.append(text)
-    return holds, how
+def _ascends(samples: Sequence[Sample]) -> tuple[tuple[str, str], list[str]]:
+    """Return the word and its reason, and how far each mean is from the next."""
+    compared = [_compare(lower, upper) for lower, upper in pairwise(samples)]
+    words = [word for word, _ in compared]
+    found = next((word for kind in (FAILS, OPEN) for word in words if word[0] == kind), (HOLDS, ""))
+    return found, [text for _, text in compared]
 
 
-def _within(check: Check, sample: Sample) -> tuple[bool, list[str]]:
+def _compare(lower: Sample, upper: Sample) -> tuple[tuple[str, str], str]:
+    difference = upper.mean - lower.mean
+    text = f"{difference:+.{decimals(difference, None)}f}"
+    if lower.spread is None or upper.spread is None:
+        return (OPEN, "one seed"), text
+    error = math.hypot(lower.spread / math.sqrt(len(lower.values)), upper.spread / math.sqrt(len(upper.values)))
+    text += f", {abs(difference) / error:.1f} standard errors" if error else ""
+    if not difference or abs(difference) < _ERRORS * error:
+        return (OPEN, "within the spread"), text
+    return (HOLDS if difference > 0 else FAILS, ""), text
+
+
+def _within(check: Check, sample: Sample) -> tuple[tuple[str, str], list[str]]:
     holds, how = True, []
     if check.near is not None and check.tolerance is not None:
         holds &= abs(sample.mean - check.near) <= check.tolerance
@@ -119,4 +127,4 @@ def _within(check: Check, sample: Sample) -> tuple[bool, list[str]]:
     if check.at_least is not None:
         holds &= sample.mean >= check.at_least
         how.append(f"wanted at least {check.at_least:g}")
-    return holds, how
+    return (HOLDS if holds else FAILS, ""), how
