@@ -164,7 +164,7 @@ def test_export_converts_parameters_and_keeps_buffers(run, tmp_path, capsys):
     assert "is there already" in said(capsys, "export", "one", "-o", tmp_path / "e.safetensors", code=2)
     assert "name it w.safetensors" in said(capsys, "export", "one", "-o", tmp_path / "w.bin", code=2)
     err = said(capsys, "export", "one", "-o", tmp_path / "t.safetensors", "--format", "torchvision", code=2)
-    assert "ResNetClassifier has no names of torchvision" in err
+    assert "torchvision has no network like CifarResNet; leave --format out" in err
     assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == ["b.safetensors", "e.safetensors"]
 
 

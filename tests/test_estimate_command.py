@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,7 @@ def test_runs_that_have_finished_are_shown_beside_it(runs, tiny_recipe, capsys):
     out = capsys.readouterr().out
     assert "200 samples/s in tiny-1: 1 x 1 processes, NVIDIA H200" in out
     assert "1 x 8 GPUs, unnamed, 80.0 GiB, of the profile" in out
+    assert re.search("^note +batch normalisation over 4 samples.* use fewer GPUs, 4 at most$", out, re.MULTILINE)
     assert "the rates of the GPU 'unnamed' are not known; name a like one with --gpu" in out
 
 

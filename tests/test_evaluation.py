@@ -17,6 +17,7 @@ from torch import Tensor
 import attempts
 from paperscale.cli import main
 from paperscale.errors import FINISHED, UserError
+from paperscale.jobs import evaluate
 from paperscale.jobs.run import Run
 from paperscale.nn.ensemble import Ensemble
 from paperscale.papers.resnet import CifarResNet
@@ -106,7 +107,7 @@ def test_every_evaluation_keeps_its_own_file_and_says_what_it_reproduces(run, ca
     plain = asked(capsys, "test", "one")
     assert plain["file"] == str(run.path / "evaluations/test.json")
     kept = json.loads(Path(plain["file"]).read_text())
-    assert kept["reproduces"].startswith("single view")
+    assert kept["reproduces"].startswith("a single view")
     assert {key: kept[key] for key in ("stage", "overrides", "step", "weights", "ensemble")} == {
         "stage": "test",
         "overrides": [],
@@ -127,7 +128,7 @@ def test_every_evaluation_keeps_its_own_file_and_says_what_it_reproduces(run, ca
     centre = ("data.eval_crop=center", "data.size=6", "data.resize=8", "trainer.limit_val_batches=1.0")
     assert main(["validate", "one", *centre]) == 0
     out = capsys.readouterr().out
-    assert re.search("^reproduces +centre crop", out, re.MULTILINE)
+    assert re.search("^reproduces +the centre crop", out, re.MULTILINE)
 
 
 def test_a_file_of_weights_is_scored_by_the_recipe_that_is_named(trained, run, tmp_path, capsys):
@@ -150,6 +151,19 @@ def test_a_file_of_weights_is_scored_by_the_recipe_that_is_named(trained, run, t
     assert error.endswith("1 missing (network.fc.bias); use the recipe that made it\n")
 
 
+def test_long_evaluations_say_how_far_they_are_and_why_enlarged_images_take_long(run, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "_EVERY_S", 0)
+    dense = ("data.eval_crop=dense", "data.eval_batch_size=30")
+    said = asked(capsys, "test", "one", *dense, "data.scales=[8,16]")["warnings"]
+    assert re.fullmatch(r"batch 1 of 2, \d+ s left\nbatch 2 of 2, 0 s left\n", said)
+    said = asked(capsys, "predict", "one", *dense, "data.scales=[16,24]")["warnings"].splitlines()
+    assert said[0] == (
+        "WARNING data.scales=[16, 24] enlarge images of 8 x 8, to 13 times their pixels; set sizes near theirs, for "
+        "example 'data.scales=[7,8,12,15,20]'"
+    )
+    assert len(said) == 3
+
+
 def test_networks_that_cannot_be_averaged_are_refused_with_the_fix(trained, run, own_shards, tmp_path, capsys):
     def refused(*words: str) -> str:
         return asked(capsys, *words, code=2)["error"]
@@ -167,6 +181,9 @@ def test_networks_that_cannot_be_averaged_are_refused_with_the_fix(trained, run,
     assert "is taken already; name another checkpoint" in refused("test", "one", "--with", "one@8")
     assert "did you mean 'two'?" in refused("test", "one", "--with", "tow")
     assert "name best, last or a step: 4, 8" in refused("test", "one", "--with", "two@5")
+    assert f"--with two@best: {run.path.parent}/two/checkpoints: which is best" in refused(
+        "test", "one", "--with", "two@best"
+    )
     assert "name a run, or a checkpoint's folder" in refused("test", "one", "--with", "w.safetensors")
     assert "there is no such file; check the path" in refused("test", "one", "--checkpoint", "w.safetensors")
     recipe = tmp_path / "bare.yaml"

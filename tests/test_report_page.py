@@ -21,7 +21,7 @@ from PIL import Image
 
 from paperscale.cli import main
 from paperscale.recipes import all_recipes
-from paperscale.report import curves, spec
+from paperscale.report import curves, spec, svg
 from paperscale.report.runs import Curve
 from tiny import write_recipe
 
@@ -69,6 +69,7 @@ def project(tmp_path: Path, runs: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     runs.mkdir()
     (tmp_path / "recipes/mine").mkdir(parents=True)
     (tmp_path / "recipes/mine/_report.yaml").write_text(DECLARED)
+    write_recipe(tmp_path / "recipes/mine/tiny.yaml", Path("data/tiny"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -115,7 +116,9 @@ def test_a_row_is_the_mean_and_spread_of_finished_runs_and_the_others_are_shown(
 
 
 def test_a_row_without_runs_says_so_and_names_the_command(project, runs, trained):
-    assert "shallow paperscale fit tiny model.network.n=1 8.75 not run 8.10 not run" in page()
+    text, test = page(), "paperscale test RUN data.eval_crop=ten"
+    assert f"shallow paperscale fit tiny {test} 8.75 not run 8.10 not run" in text
+    assert f"deep paperscale fit tiny model.network.n=2 model.network.residual=false {test} 9.5" in text
     run = another(trained, runs, "s1", 0.9)
     shutil.copytree(trained / "checkpoints", run / "checkpoints", dirs_exist_ok=True)
     text = page()
@@ -134,7 +137,8 @@ def test_numbers_of_another_protocol_come_from_stored_evaluations(project, runs,
     )
     put(run / "evaluations/y.json", {**common, "metrics": {"test/accuracy": 0.91}, "overrides": ["data.eval_crop=ten"]})
     overrides = ["data.eval_crop=ten"]
-    put(run / "evaluations/v.json", {**common, "metrics": {"val/accuracy": 0.3}, "overrides": overrides})
+    validated = {"stage": "validate", "date": "2026-11-21", "metrics": {"test/accuracy": 0.3}}
+    put(run / "evaluations/v.json", {**validated, "overrides": overrides})
     several = [{"name": "other", "step": 24}]
     put(
         run / "evaluations/w.json",
@@ -145,16 +149,67 @@ def test_numbers_of_another_protocol_come_from_stored_evaluations(project, runs,
     assert "10.00 1 seed 8.10 9.00 1 seed" in page()
 
 
-def test_checks_say_what_holds_and_by_how_many_spreads(project, runs, trained, capsys):
+def test_checks_say_what_holds_and_by_how_many_standard_errors(project, runs, trained, capsys):
     for seed, (shallow, deep) in enumerate([(0.91, 0.85), (0.92, 0.83)]):
         another(trained, runs, f"s{seed}", shallow, seed_everything=seed)
         another(trained, runs, f"d{seed}", deep, seed_everything=seed, n=2, residual="false")
     text = page()
-    assert "holds deeper is worse shallow 8.50 ± 0.71 % (2), deep 16.00 ± 1.41 % (2); +7.50, 4.7 spreads" in text
+    told = "shallow 8.50 ± 0.71 % (2), deep 16.00 ± 1.41 % (2); +7.50, 6.7 standard errors"
+    assert f"holds deeper is worse {told}" in text
     assert "holds as in the paper shallow 8.50 ± 0.71 % (2); wanted 8.75 ± 0.5" in text
     another(trained, runs, "s2", 0.99, seed_everything=2)
     assert "does not hold as in the paper" in page()
     assert "5 finished runs of 5; 2 checks: 1 holds, 1 does not hold" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("shallow", "deep", "word", "counted"),
+    [
+        ([0.90, 0.91], [0.89, 0.90], "not decided: within the spread", "1 does not hold, 1 is not decided"),
+        ([0.91], [0.80], "not decided: one seed", "1 holds, 1 is not decided"),
+        ([0.80, 0.81], [0.90, 0.91], "does not hold", "2 do not hold"),
+    ],
+)
+def test_an_order_within_two_standard_errors_or_of_one_seed_is_not_decided(
+    project, runs, trained, capsys, shallow, deep, word, counted
+):
+    for seed, (of_shallow, of_deep) in enumerate(zip(shallow, deep, strict=True)):
+        another(trained, runs, f"s{seed}", of_shallow, seed_everything=seed)
+        another(trained, runs, f"d{seed}", of_deep, seed_everything=seed, n=2, residual="false")
+    assert page().count(f"{word} deeper is worse") == 2, "above, and in its section"
+    assert capsys.readouterr().out.endswith(f"2 checks: {counted}\n")
+
+
+def test_runs_that_no_row_is_of_are_left_out_and_named(project, runs, trained):
+    another(trained, runs, "s0", 0.9)
+    another(trained, runs, "wide", 0.8, n=5)
+    text = page()
+    assert "1 run left out, of the same recipes but as no row says: wide (model.network.n 5)" in text
+    assert "10.00 1 seed" in text
+
+
+def test_a_check_of_layers_takes_the_mean_over_them(project, runs, trained):
+    check = "{claim: weaker, metric: responses/, order: [shallow, deep]}"
+    path = project / "recipes/mine/_report.yaml"
+    path.write_text(DECLARED.replace("  checks:", f"  checks:\n  - {check}"))
+    for seed in range(2):
+        for name, value, changed in (("s", 0.5, {}), ("d", 2.0, {"n": 2, "residual": "false"})):
+            run = another(trained, runs, f"{name}{seed}", 0.9, seed_everything=seed, **changed)
+            with (run / "metrics.jsonl").open("a") as file:
+                for step, factor in ((1, 9), (3, 1)):
+                    row = {"step": step, "attempt": 1, "responses/01_a": factor * value, "responses/02_b": factor}
+                    file.write(json.dumps(row) + "\n")
+    assert "holds weaker shallow 0.75 ± 0.00 (2), deep 1.50 ± 0.00 (2); +0.75" in page()
+
+
+def test_a_run_of_a_sweep_is_listed_with_its_own_command(project, runs, trained):
+    for seed in (10, 9):
+        run = another(trained, runs, f"s{seed}", 0.9, seed_everything=seed)
+        info = json.loads((run / "run.json").read_text())
+        sweep = "--sweep seed_everything=[10,9] --sweep=model.network.n=1,2 --max-parallel 1 --name s"
+        put(run / "run.json", {**info, "group": "s", "command": f"paperscale submit tiny {sweep} data.size=8"})
+    listed = re.findall(r"paperscale submit tiny (data.size=8 \S+ \S+)", page())
+    assert listed == [f"data.size=8 seed_everything={seed} model.network.n=1" for seed in (9, 10)]
 
 
 def test_runs_on_other_data_stand_in_a_block_of_their_own(project, runs, trained):
@@ -180,10 +235,17 @@ def test_the_page_is_one_file_with_figures_and_bounded_pictures(project, runs, t
     text = page()
     content = Path("page.html").read_text()
     assert not re.search(r'src="(?!data:)|<link|@import|url\(', content)
-    figures = [ET.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", content, re.DOTALL)]
+    figures = [
+        ET.fromstring(text) for text in re.findall(r"<svg.*?</svg>", content.replace(" xmlns=", " x="), re.DOTALL)
+    ]
     assert len(figures) == 3
     assert "left out because they are not finite" in text
     assert "smoothed: each point is the mean of 2 logged values" in text
+    shapes = [shape for each in figures for kind in ("path", "circle") for shape in each.iter(kind)]
+    assert len(shapes) > 20
+    assert all(shape.get("fill") for shape in shapes), "or black, where no stylesheet is read"
+    assert all({"stroke", "stroke-width"} <= set(shape.keys()) for shape in shapes if shape.get("fill") == "none")
+    assert all(colour in content for colour in svg.PALETTE), "the stylesheet's too"
     layers = next(each for each in figures[1].iter("path") if each.get("data-names"))
     assert layers.get("data-names") == "a|b"
     (first, second) = re.findall(r'<img src="data:image/jpeg;base64,([^"]*)"', content)
@@ -219,10 +281,21 @@ def test_a_curve_is_the_mean_over_seeds_and_thinning_keeps_its_extremes():
         ("[8.75, 8.1]", "[8.75]", "tables[0].rows.shallow: 1 numbers for 2 columns; write one for each"),
         ("title: A paper\n", "", "field 'title' is missing; add it"),
         ("smooth: 0.1", "smooth: much", "sections[0].figures[0].smooth is 'much'; write a number"),
-        ("title: A paper", "title: [", "mend the YAML"),
+        (
+            "title: A paper",
+            "title: [",
+            "line 3, column 5: while parsing a flow sequence, expected ',' or ']', but got ':';",
+        ),
+        ("recipe: tiny", "recipe: tinny", "sections[0].groups.shallow.recipe: no recipe 'tinny'; did you mean 'tiny'?"),
+        (
+            "model.network.residual",
+            "model.network.residul",
+            "groups.deep.where: no run of 'tiny' has the key 'model.network.residul'; did you mean 'model.network.res",
+        ),
     ],
 )
-def test_a_mistake_in_a_declaration_names_file_and_field(project, capsys, old, new, message):
+def test_a_mistake_in_a_declaration_names_file_and_field(project, runs, trained, capsys, old, new, message):
+    another(trained, runs, "a", 0.9)
     path = project / "recipes/mine/_report.yaml"
     path.write_text(DECLARED.replace(old, new, 1))
     assert main(["report", "mine"]) == 2
@@ -236,11 +309,12 @@ def test_what_is_probably_not_meant_is_said(project, runs, trained, capsys):
     another(trained, runs, "a", 0.9, seed_everything=1)
     another(trained, runs, "b", 0.9, seed_everything=2, lr=0.3)
     path = project / "recipes/mine/_report.yaml"
-    path.write_text(DECLARED.replace("model.network.residual", "model.network.residul"))
+    path.write_text(DECLARED.replace("test/accuracy,", "test/acuracy,").replace("train/loss", "trin/loss"))
     page()
     err = capsys.readouterr().err
     assert "WARNING the runs of 'shallow' differ in model.lr" in err
-    assert "no run of 'tiny' has the key 'model.network.residul'; did you mean 'model.network.residual'?" in err
+    assert "WARNING 'Depth': no run has logged test/acuracy; did you mean 'test/accuracy'?" in err
+    assert "WARNING 'Depth': no run has logged trin/loss; did you mean 'train/loss'?" in err
 
 
 def test_a_module_of_ones_own_has_a_page_without_a_declaration(project, runs, trained, capsys):

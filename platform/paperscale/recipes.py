@@ -111,7 +111,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(), Loader=_LOADER)  # noqa: S506  a safe one
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path}: not valid YAML: {what_is_wrong(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: a recipe is a mapping with model, data and trainer")
     return content
@@ -127,6 +127,15 @@ def _path_of_data(key: str, value: str) -> tuple[str, str]:
     """Let ``data=PATH`` say which set a recipe trains on; ``data=CLASS`` and ``data={...}`` are the parser's."""
     is_path = key == "data" and not value.startswith("{") and ("/" in value or Path(value).is_dir())
     return ("data.path", value) if is_path else (key, value)
+
+
+def what_is_wrong(error: Exception) -> str:
+    """Return what is wrong with a YAML file, and in which line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        mark = error.problem_mark
+        context = f"{error.context}, " if error.context else ""
+        return f"line {mark.line + 1}, column {mark.column + 1}: {context}{error.problem}"
+    return " ".join(str(error).replace('in "<unicode string>", ', "").split())
 
 
 @dataclass(frozen=True)

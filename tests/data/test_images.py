@@ -347,8 +347,9 @@ def test_labels_may_be_of_another_field_or_absent(photos):
         ({"rand_magnitude": 31}, "give a magnitude from 0 to 30"),
         ({"erase": 10}, "data.erase=10 is a probability: give 0 to 1"),
         ({"normalize": "pixels"}, "choose channel, pixel.*did you mean 'pixel'"),
-        ({"normalize": "pixel", "crop": "center"}, "data.crop=center.*or data.normalize=channel$"),
-        ({"normalize": "pixel", "eval_size": 40}, "data.eval_size=40.*or data.normalize=channel$"),
+        ({"normalize": "pixel", "crop": "center"}, "data.crop=center takes parts.* set data.crop=none, or train with"),
+        ({"normalize": "pixel", "eval_size": 40}, "data.eval_size=40 is not the size .* set data.eval_size=null, or"),
+        ({"normalize": "pixel", "eval_crop": "center"}, "^data.eval_crop=center takes .* set data.eval_crop=none, or"),
         ({"eval_crop": "center", "eval_size": 41}, "data.resize=40 is less than data.eval_size=41: raise data.resize"),
     ],
 )

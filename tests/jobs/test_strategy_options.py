@@ -112,7 +112,8 @@ def test_every_strategy_is_let_through(tiny_recipe):
     for strategy in (*NAMES, "auto", "ddp_find_unused_parameters_true"):
         assert check_strategy(strategy, CPUS.world_size).name == strategy.replace("auto", "ddp")
     for place in (CPUS, GPUS):
-        assert validate(tiny_recipe, "trainer.strategy=deepspeed_zero3_offload", place=place) == ()
+        words = ("trainer.strategy=deepspeed_zero3_offload", "data.global_batch_size=64")
+        assert validate(tiny_recipe, *words, place=place) == ()
 
 
 def test_a_strategy_may_be_a_class_with_options(tiny_recipe):

@@ -64,7 +64,27 @@ def test_what_cannot_run_there_is_refused_with_the_fix(tiny_recipe, word, place,
     ],
 )
 def test_what_can_run_is_let_through(tiny_recipe, word, place):
-    assert validate(tiny_recipe, word, place=place) == ()
+    assert validate(tiny_recipe, word, "data.global_batch_size=64", place=place) == ()
+
+
+def test_a_network_with_fewer_classes_than_the_labels_have_is_refused(tiny_recipe, tiny_shards):
+    words = ("model.network.classes=5", "model.classes=5")
+    with pytest.raises(UserError, match=f"^{tiny_shards} has 8 classes, model.network.classes=5: set .*classes=8$"):
+        validate(tiny_recipe, *words)
+    dry = Validator(CPUS, with_data=False)
+    assert dry(RecipeArguments.parse([str(tiny_recipe), *words, "data.path=/nowhere", "data.size=8"])).recipe
+
+
+def test_batch_normalisation_over_few_samples_is_warned_of(tiny_recipe):
+    (warning,) = validate(tiny_recipe, place=GPUS)
+    assert warning == (
+        "batch normalisation over 4 samples, those of a forward pass, costs accuracy: raise data.global_batch_size, or "
+        "use fewer GPUs, 4 at most"
+    )
+    (warning,) = validate(tiny_recipe, "data.micro_batch_size=4", place=Place())
+    assert warning.endswith("raise data.micro_batch_size")
+    assert validate(tiny_recipe, "trainer.sync_batchnorm=true") == ()
+    assert validate(tiny_recipe, "model.network=null", "model.network.class_path=helpers.Linear") == ()
 
 
 def test_a_batch_that_does_not_divide_evenly_trains_all_the_same_and_is_remarked_on(tiny_recipe):
@@ -84,7 +104,7 @@ def test_memory_is_compared_with_the_gpus(tiny_recipe):
     assert warning.endswith(
         "for 32 samples a pass: set data.micro_batch_size below 32, or speed.activation_checkpointing=blocks"
     )
-    assert validate(tiny_recipe, "data.micro_batch_size=1", place=Place(1, 1, 1, 2 << 20)) == ()
+    assert validate(tiny_recipe, "data.micro_batch_size=8", place=Place(1, 1, 1, 2 << 20)) == ()
 
 
 def test_models_are_looked_at_without_their_weights_where_they_allow_it(tiny_recipe):

@@ -22,7 +22,7 @@ from paperscale.jobs.exporting import export_as
 from paperscale.papers.resnet import ResNet, ResNetClassifier
 from paperscale.training import consolidate
 from paperscale.training.checkpoint import publish
-from paperscale.training.initial import match, read_initial, renamed
+from paperscale.training.initial import match, matched, read_initial, renamed
 from paperscale.training.pieces import Piece, persistent_buffers, to_write
 from paperscale.training.saving import write_durably
 from paperscale.training.tensorfile import Buffer, TensorReader, tensor_file
@@ -149,13 +149,16 @@ def test_a_paper_gives_its_weights_the_names_of_another_library(tmp_path, tiny_s
     with pytest.raises(UserError, match=r"has no 'net.embed.wight'; did you mean 'net.embed.weight'\?"):
         export_as("huggingface", checkpoint, weights, tmp_path / "no", None, {})
     (checkpoint / "recipe.yaml").write_text(recipe_of(tiny_shards, formats=["torchvision"]))
-    with pytest.raises(UserError, match=r"Exportable has no names of huggingface.*leave --format out"):
+    with pytest.raises(UserError, match=r"huggingface has no network like Exportable; leave --format out"):
         export_as("huggingface", checkpoint, weights, tmp_path / "no", None, {})
     network = {"class_path": "paperscale.papers.resnet.ResNet", "init_args": {"depth": 18, "shortcut": "A"}}
     model = {"class_path": "paperscale.papers.resnet.ResNetClassifier", "init_args": {"network": network}}
     recipe = {**yaml.safe_load(recipe_of(tiny_shards)), "model": model}
     (checkpoint / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.raises(UserError, match=r"torchvision has no ResNet-18 with shortcut=A.*leave --format out"):
+        export_as("torchvision", checkpoint, weights, tmp_path / "no", None, {})
+    (checkpoint / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "model": {"class_path": "strategy_rank.Small"}}))
+    with pytest.raises(UserError, match=r"Small has no export_names.*leave --format out"):
         export_as("torchvision", checkpoint, weights, tmp_path / "no", None, {})
     assert not (tmp_path / "no").exists()
 
@@ -195,6 +198,34 @@ def test_weights_are_known_by_the_names_of_another_library(tmp_path):
     weights = renamed(open_weights(tmp_path / "parallel.pth"), "module./")
     assert (match(other, weights).library, match(other, weights).missing) == ("torchvision", [])
     assert match(other, replace(weights, tensors={f"network.{n}": w for n, w in weights.tensors.items()})).library == ""
+
+
+def test_weights_of_another_depth_or_shortcut_under_the_names_of_a_library_are_refused(tmp_path):
+    def made(depth: int, **options: Any) -> ResNetClassifier:
+        with torch.device("meta"):
+            return ResNetClassifier(ResNet(depth, **options), classes=1000)
+
+    source = made(18)
+    names, state = source.export_names("torchvision"), source.state_dict()
+    foreign = {names[name]: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in state.items()}
+    path = tmp_path / "resnet18.safetensors"
+    save_file(foreign, path)
+    deeper = r"122 tensors from .*, named as torchvision names them, 80 missing \(network.conv2_x.2.conv1.weight\): "
+    with pytest.raises(UserError, match=deeper + ".* add init_prefix=/ to begin with what fits$"):
+        matched(made(34), path, None)
+    assert len(matched(made(34), path, "/").found) == 122, "a part is wanted"
+    with pytest.raises(UserError, match=r"165 missing, 24 of another shape .* perhaps of another"):
+        matched(made(50, bottleneck_stride="3x3"), path, None)
+    with pytest.raises(UserError, match=r"80 missing .* use the recipe that made it$"):
+        matched(made(34), path, "/", whole=True)
+    with pytest.raises(UserError, match="if its names are torchvision's: torchvision has no ResNet-18 with shortcut=A"):
+        matched(made(18, shortcut="A"), path, None)
+    save_file({f"model.{name}": torch.zeros(tensor.shape) for name, tensor in state.items()}, path)
+    with pytest.raises(UserError, match=r"add init_prefix=model./$"):
+        matched(made(18, shortcut="A"), path, None)
+    backbone = {name: tensor for name, tensor in foreign.items() if not name.startswith("fc.")}
+    save_file(backbone, path)
+    assert matched(made(18), path, None).missing == ["network.fc.weight", "network.fc.bias"], "a new last layer"
 
 
 class Hostile:

@@ -94,14 +94,15 @@ def _head(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         "here": ", of this machine",
         "assumed": ", assumed: no GPU is here (see --gpu, --gpus-per-node and --cluster)",
     }[gpu["source"]]
-    yield (
-        "on",
-        f"{found['nodes']} x {found['gpus_per_node']} GPUs, {gpu['name']}, {gpu['memory'] / 2**30:.1f} GiB{origin}",
-    )
+    yield "on", f"{_gpus(found)}, {gpu['name']}, {gpu['memory'] / 2**30:.1f} GiB{origin}"
     passes = f", in {batch['passes']} passes" if batch["passes"] > 1 else ""
     yield "batch", f"{batch['global_batch_size']} samples a step, {batch['samples']} a pass of each GPU{passes}"
     shapes = (f"{name} {' x '.join(map(str, shape))}".strip() for name, shape in found["data"]["shapes"].items())
     yield "sample", ", ".join(shapes) or "not known"
+
+
+def _gpus(found: dict[str, Any]) -> str:
+    return f"{found['nodes']} x {found['gpus_per_node']} GPUs"
 
 
 def _print_memory(found: dict[str, Any]) -> None:
@@ -139,7 +140,8 @@ def _speed(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if compute["step_s"] is None:
         return
     shares = _range([100 * share for share in compute["utilisation"]], "{:.0f}".format)
-    yield "speed", f"{_range(compute['samples_per_s'], '{:,.0f}'.format)} samples/s at {shares} % of the GPU's roofline"
+    rates = _range(compute["samples_per_s"], "{:,.0f}".format)
+    yield "speed", f"{rates} samples/s on {_gpus(found)}, at {shares} % of each one's roofline"
     milliseconds = [1000 * seconds for seconds in compute["step_s"]]
     yield "a step", f"{_range(milliseconds, '{:,.3g}'.format)} ms, without communication and waiting for data"
     for name, key in (("an epoch", "epoch_s"), ("training", "training_s")):

@@ -58,7 +58,8 @@ def run_report(args: argparse.Namespace) -> int:
     for warning in report.warnings:
         print(f"WARNING {warning}", file=sys.stderr)
     decided = [f"{number} {word}" for word, number in report.verdicts.items() if number]
-    checks = f"; {sum(report.verdicts.values())} checks: {', '.join(decided)}" if decided else ""
+    total = sum(report.verdicts.values())
+    checks = f"; {total} check{'s' * (total != 1)}: {', '.join(decided)}" if decided else ""
     print(f"{out}: {report.finished} finished runs of {report.runs}{checks}")
     return FINISHED
 

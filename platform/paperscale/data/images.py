@@ -172,10 +172,15 @@ class ImageShards(ShardStream):
             raise UserError(f"data.ratio={self.ratio}: give two rising ratios above 0, for example [0.75, 1.33]")
         sizes = (("crop", self.crop, "size", self.size), ("eval_crop", self.eval_crop, "eval_size", self.eval_size))
         for name, crop, of, size in sizes:
-            if self.normalize == "pixel" and (crop not in ("pad", "none") or size != self.size):
+            if self.normalize == "pixel" and crop not in ("pad", "none"):
                 raise UserError(
-                    f"data.{name}={crop} and data.{of}={size}: a mean image is of whole images of one size; set "
-                    f"data.{name}=none and data.eval_size=null, or data.normalize=channel"
+                    f"data.{name}={crop} takes parts of images, and data.normalize=pixel subtracts the mean of whole "
+                    f"ones: set data.{name}=none, or train with data.normalize=channel"
+                )
+            if self.normalize == "pixel" and size != self.size:
+                raise UserError(
+                    f"data.eval_size={size} is not the size of training images, and data.normalize=pixel has a mean "
+                    "image of one size: set data.eval_size=null, or train with data.normalize=channel"
                 )
             if size is None and crop not in ("pad", "none", "dense"):
                 raise UserError(f"data.{name}={crop} needs a size: set data.size, for example data.size=224")

@@ -11,6 +11,7 @@ from paperscale.errors import UserError, nearest
 from paperscale.jobs import profile as profiles
 from paperscale.jobs.run import all_runs, read_json
 from paperscale.jobs.units import size_bytes
+from paperscale.jobs.validation import few_to_normalise
 from paperscale.recipes import RecipeArguments
 from paperscale.training.estimate import Estimate, Passes, why_unknown
 from paperscale.training.gpus import GPU, GPUS, named, recognised
@@ -88,6 +89,7 @@ def find(arguments: RecipeArguments, wanted: Wanted) -> dict[str, Any]:
     whole = passes.under("ddp")
     data, of_data = _data(cli, passes, wanted.samples)
     compute, of_compute = _compute(cli, passes, to, data["samples"], wanted.utilisation)
+    few = few_to_normalise(cli, to.world_size, "GPUs")
     return {
         "recipe": arguments.recipe.stem,
         "model": type(cli.model).__name__,
@@ -107,7 +109,7 @@ def find(arguments: RecipeArguments, wanted: Wanted) -> dict[str, Any]:
         "strategies": rows,
         "compute": compute,
         "measured": measured(arguments.recipe.stem),
-        "notes": [*of_data, *notes, *of_compute],
+        "notes": [*of_data, *notes, *of_compute, *([few] if few else [])],
     }
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -13,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
 from paperscale.atomic import write_atomically
+from paperscale.data.augment import MULTI_SCALE
 from paperscale.errors import UserError, describe
 from paperscale.jobs import snapshot
 from paperscale.jobs.checkpoints import FILES, find
 from paperscale.jobs.environment import JobEnvironment
 from paperscale.jobs.run import Run, read_json
+from paperscale.jobs.words import duration
 from paperscale.nn.ensemble import Ensemble
 from paperscale.recipes import RecipeArguments
 from paperscale.training import strategies
@@ -34,6 +38,7 @@ from paperscale.training.weights import has_averages, of_checkpoint, read_weight
 EVALUATIONS = "evaluations"
 """Folder of a run with what ``validate`` and ``test`` have found."""
 _LONGEST = 150  # characters of a file's name, without its ending
+_EVERY_S = 10.0  # between lines of progress
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def evaluate(request: Request, progress: bool = False) -> dict[str, Any]:
 
     Args:
         request: what is to be evaluated.
-        progress: show a bar on the terminal.
+        progress: show a bar on the terminal; otherwise a line of progress is written to stderr every ten seconds.
 
     Raises:
         UserError: there is no checkpoint, it does not verify, or it does not fit; or networks cannot be averaged.
@@ -88,6 +93,7 @@ def evaluate(request: Request, progress: bool = False) -> dict[str, Any]:
         _join(cli, request.run.name if request.run else str(source), {text: one for text, (one, _) in loaded.items()})
     found = {"stage": request.stage, **_asked(request), **facts}
     found["ensemble"] = [{"name": text, **of} for text, (_, of) in loaded.items()]
+    _warn_of_enlarging(cli.datamodule)
     trainer = _trainer(cli, source, progress)
     if request.stage == "predict":
         return {**found, **_predict(cli, trainer, request.run)}
@@ -128,7 +134,10 @@ def _others(request: Request, source: Path) -> dict[str, Path]:
                 "folder"
             )
         where, which = (text, None) if path.exists() or "@" not in text else text.rsplit("@", 1)
-        folder = find(where, which)
+        try:
+            folder = find(where, which)
+        except UserError as error:
+            raise UserError(f"--with {text}: {error}") from error
         if folder in (source, *found.values()):
             raise UserError(f"--with {text}: {folder} is taken already; name another checkpoint, or leave it out")
         found[text] = folder
@@ -149,9 +158,7 @@ def _load(cli: RecipeCLI, source: Path) -> tuple[RecipeCLI, dict[str, Any]]:
         UserError: some of the model's are not there.
     """
     if source.is_file():
-        fits = read_initial(cli.model, source, cli.config_init.init_prefix)
-        if lacking := [*fits.missing, *fits.other_shape]:
-            raise UserError(f"{fits} ({lacking[0]}); use the recipe that made it")
+        fits = read_initial(cli.model, source, cli.config_init.init_prefix, whole=True)
         return cli, {"checkpoint": str(source), "step": None, "weights": str(fits)}
     averages = cli.config_init.ema.evaluate and has_averages(TensorReader(source))
     read_weights(cli.model, of_checkpoint(source, averages))
@@ -212,13 +219,61 @@ def _short(value: Any) -> str:
 # -- the evaluation ----------------------------------------------------------------------------------------
 
 
+class ProgressLines(Callback):
+    """Writes to stderr how far a long evaluation is, where there is no bar."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin to count."""
+        self.begun = self.said = time.monotonic()
+        self.done = 0
+
+    def _count(self, batches: list[int | float]) -> None:
+        self.done, now = self.done + 1, time.monotonic()
+        if now - self.said < _EVERY_S:
+            return
+        total, of_all, self.said = sum(batches), "", now
+        if math.isfinite(total):
+            left = (now - self.begun) / self.done * (total - self.done)
+            of_all = f" of {total:,}, {duration(left)} left"
+        print(f"batch {self.done:,}{of_all}", file=sys.stderr, flush=True)
+
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Count the batch."""
+        self._count(trainer.num_val_batches)
+
+    def on_test_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Count the batch."""
+        self._count(trainer.num_test_batches)
+
+    def on_predict_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Count the batch."""
+        self._count(trainer.num_predict_batches)
+
+
+def _warn_of_enlarging(data: Any) -> None:
+    """Say what it costs where dense evaluation enlarges every image: its scales are by default ImageNet's."""
+    if getattr(data, "eval_crop", None) != "dense":
+        return
+    facts = data.shards("train").manifest.image
+    height, width = (int(facts.get(side) or 0) for side in ("height", "width"))  # 0: they differ
+    if not 0 < min(height, width) < min(data.scales):
+        return
+    pixels = sum(scale**2 for scale in data.scales) // min(height, width) ** 2
+    scales = ",".join(str(round(scale * min(height, width) / 256)) for scale in MULTI_SCALE)
+    print(
+        f"WARNING data.scales={list(data.scales)} enlarge images of {height} x {width}, to {pixels:,} times their "
+        f"pixels; set sizes near theirs, for example 'data.scales=[{scales}]'",
+        file=sys.stderr,
+    )
+
+
 def _trainer(cli: RecipeCLI, source: Path, progress: bool) -> Trainer:
     return cli.trainer_for(
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=progress,
-        callbacks=[RichProgressBar()] if progress else [],
+        callbacks=[RichProgressBar() if progress else ProgressLines()],
         devices=1,
         strategy=strategies.make("auto", world_size=1, device=cli.device),  # the run's may need its processes
         plugins=[JobEnvironment()],

@@ -44,7 +44,7 @@ def export_as(
         The weights under the other names, and what :func:`write_file` does.
 
     Raises:
-        UserError: the module has no such names, or names what the checkpoint has not.
+        UserError: the module has no such names, the library no such network, or the checkpoint not what is named.
     """
     module = _module(checkpoint)
     foreign = _renamed(weights, _asked(module, "export_names", format), type(module).__name__)
@@ -72,12 +72,21 @@ def _module(checkpoint: Path) -> LightningModule:
 
 
 def _asked(module: LightningModule, method: str, format: str) -> dict[str, Any]:
-    function = getattr(module, method, None)
-    if function is None or not (found := function(format)):
-        raise UserError(
-            f"{type(module).__name__} has no names of {format}: its {method} gives none; leave --format out for a "
-            "safetensors file with the model's own names"
-        )
+    """Return what a module says of a library's network.
+
+    Raises:
+        UserError: it says nothing, or why the library has none.
+    """
+    own = "leave --format out for a safetensors file with the model's own names"
+    if (function := getattr(module, method, None)) is None:
+        raise UserError(f"{type(module).__name__} has no {method}, which would give the names of {format}; {own}")
+    try:
+        found = function(format)
+    except UserError as error:
+        raise UserError(f"{error}, or {own}") from error
+    if not found:
+        network = type(getattr(module, "network", module)).__name__
+        raise UserError(f"{format} has no network like {network}; {own}")
     return found
 
 

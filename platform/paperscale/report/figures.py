@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from paperscale.report import curves
 from paperscale.report.axes import Axis
 from paperscale.report.runs import Curve, Members, Record, converted, finals, quantity
 from paperscale.report.spec import Figure
-from paperscale.report.svg import BOTTOM, COLOURS, RIGHT, TOP, WIDTH, Trace, plot, svg, x_axis_marks
+from paperscale.report.svg import BOTTOM, RIGHT, TOP, WIDTH, Trace, coloured, plot, svg, words, x_axis_marks
 from paperscale.report.verdicts import Sample
 
 _ROW = 26  # pixels between two rows of dots
@@ -141,17 +140,17 @@ def _dots(figure: Figure, chosen: Mapping[str, Members], numbers: Mapping[str, i
     axis = Axis.over(arrays, RIGHT, WIDTH - 20, figure.x == "log")
     parts = x_axis_marks(axis, TOP, bottom, what)
     for row, (name, sample) in enumerate(samples.items()):
-        y, colour = TOP + _ROW * (row + 0.5), f"s{numbers[name] % COLOURS}"
-        label = html.escape(chosen[name].group.label or name)
-        parts.append(f'<text class="tick" x="{RIGHT - 10}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
+        y = TOP + _ROW * (row + 0.5)
+        parts.append(words("tick", RIGHT - 10, y + 4, chosen[name].group.label or name, "end"))
         if not sample.values:
-            parts.append(f'<text class="tick" x="{RIGHT + 6}" y="{y + 4:.1f}">no result</text>')
+            parts.append(words("tick", RIGHT + 6, y + 4, "no result"))
             continue
+        mean, seed = coloured("mean", numbers[name], 3), coloured("seed", numbers[name], 1.5)
         at = axis.at(sample.mean)
-        parts.append(f'<path class="mean {colour}" d="M{at:.1f},{y - 8:.1f}v16"><title>mean {sample}</title></path>')
+        parts.append(f'<path {mean} d="M{at:.1f},{y - 8:.1f}v16"><title>mean {sample}</title></path>')
         for value in sample.values:
             place = f'cx="{axis.at(value):.1f}" cy="{y:.1f}" r="4"'
-            parts.append(f'<circle class="seed {colour}" {place}><title>{value:.5g}</title></circle>')
+            parts.append(f"<circle {seed} {place}><title>{value:.5g}</title></circle>")
     notes = ["a dot for each run, a stroke for their mean"]
     broken = sum(sample.broken for sample in samples.values())
     notes += [f"left out because they are not finite: {broken}"] if broken else []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import fnmatch
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,15 +14,18 @@ from markupsafe import Markup
 
 from paperscale import __version__
 from paperscale.errors import UserError, nearest
-from paperscale.report import default, spec
+from paperscale.report import default, names, spec
 from paperscale.report.figures import draw
 from paperscale.report.pictures import Album, Picture
-from paperscale.report.runs import Members, Record, flatten, lookup, matches, read_records
-from paperscale.report.spec import Group, Section, Spec
+from paperscale.report.runs import Members, Record, lookup, matches, may_be, mismatches, read_records
+from paperscale.report.spec import Section, Spec
 from paperscale.report.tables import Block, run_rows, table_rows
-from paperscale.report.verdicts import FAILS, HOLDS, OPEN, Verdict, judge
+from paperscale.report.verdicts import FAILS, HOLDS, OPEN, WAITS, Verdict, judge
 
 _ASSETS = Path(__file__).parent
+_CLASSES = {HOLDS: "yes", FAILS: "no", OPEN: "open", WAITS: "open"}  # of the stylesheet
+_PLURAL = {HOLDS: "hold", FAILS: "do not hold", OPEN: "are not decided", WAITS: "have no result"}
+_SINGULAR = {HOLDS: HOLDS, FAILS: FAILS, OPEN: "is not decided", WAITS: "has no result"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Report:
         html: the page.
         runs: how many runs it shows.
         finished: how many of them are finished.
-        verdicts: word of each check to their number.
+        verdicts: what is said of checks, such as ``hold``, to their number.
         warnings: what the user should know.
     """
 
@@ -60,22 +62,19 @@ def make(paper: str, folders: Sequence[Path], reading: Callable[[list[Record]], 
     if paper in files:
         declared = spec.read(files[paper])
         groups = [group for section in declared.sections for group in section.groups.values()]
-        records = read_records(folders, lambda info: any(_may_be(group, info.recipe) for group in groups))
+        records = read_records(folders, lambda info: any(may_be(group, info.recipe) for group in groups))
+        names.check(files[paper], declared, records)
     else:
         records = [r for r in read_records(folders, lambda info: True) if default.module_of(r.recipe) == paper]
         known = default.papers()
         if not records and paper not in known:
-            names = sorted({*files, *known})
-            hint = nearest(paper, names) or f"; there are {', '.join(names)}"
+            papers = sorted({*files, *known})
+            hint = nearest(paper, papers) or f"; there are {', '.join(papers)}"
             raise UserError(f"no paper '{paper}', neither recipes nor runs of it{hint}")
         declared = default.default_spec(paper, records)
     laid_out = [(section, _blocks(section, records)) for section in declared.sections]
     _read_curves(laid_out, reading)
     return _render(declared, laid_out, records, folders)
-
-
-def _may_be(group: Group, recipe: str) -> bool:
-    return fnmatch.fnmatchcase(recipe, group.recipe)
 
 
 # -- which runs stand where ----------------------------------------------------------------------------------------
@@ -101,23 +100,30 @@ def _blocks(section: Section, records: Sequence[Record]) -> list[Block]:
     return sorted(blocks, key=lambda block: block.heading)
 
 
+def _left_out(section: Section, records: Sequence[Record]) -> list[str]:
+    """Return the runs of a section's recipes that are in no row of it, each with the keys that keep it out."""
+    found = []
+    for record in records:
+        groups = [group for group in section.groups.values() if may_be(group, record.info.recipe)]
+        differing = [mismatches(record, group) for group in groups]
+        if differing and all(differing):
+            keys = (f"{key} {lookup(record.recipe, key)}" for key in min(differing, key=len))
+            found.append(f"{record.run.name} ({', '.join(keys)})")
+    return found
+
+
 def _read_curves(
     laid_out: Sequence[tuple[Section, list[Block]]], reading: Callable[[list[Record]], Iterable[Record]]
 ) -> None:
-    """Read each run's file once, for all figures that it is in."""
-    needed: dict[Record, tuple[set[str], set[str]]] = {}
+    """Read each run's file once, for all figures and checks that it is in."""
+    needed: dict[Record, set[str]] = {}
     for section, blocks in laid_out:
-        for figure in section.figures:
-            for block in blocks:
-                for name in figure.groups or block.members:
-                    for record in block.members[name].all if figure.kind != "dots" else []:
-                        names, prefixes = needed.setdefault(record, (set(), set()))
-                        if figure.kind == "layers":
-                            prefixes.add(f"{figure.metric.rstrip('/')}/")
-                        else:
-                            names.add(figure.metric)
+        for metric, groups in names.curves(section):
+            for record in (each for block in blocks for name in groups for each in block.members[name].all):
+                needed.setdefault(record, set()).add(metric)
     for record in reading(list(needed)):
-        record.read_curves(needed[record][0], sorted(needed[record][1]))
+        prefixes = sorted(metric for metric in needed[record] if metric.endswith("/"))
+        record.read_curves(needed[record].difference(prefixes), prefixes)
 
 
 # -- the page ------------------------------------------------------------------------------------------------------
@@ -131,14 +137,24 @@ def _render(
 ) -> Report:
     album = Album()
     listed: set[Record] = set()
-    sections = [_section(section, blocks, album, listed) for section, blocks in laid_out]
+    sections: list[dict[str, Any]] = [
+        {
+            "title": section.title,
+            "paper": section.paper,
+            "about": section.about,
+            "blocks": [_block(section, block, album, listed) for block in blocks],
+            "left_out": _left_out(section, records),
+        }
+        for section, blocks in laid_out
+    ]
     shown = {r for _, blocks in laid_out for block in blocks for m in block.members.values() for r in m.all}
     verdicts = [
-        (f"s{number}", verdict)
+        (f"s{number}", block["heading"], verdict)
         for number, section in enumerate(sections, 1)
         for block in section["blocks"]
         for verdict in block["verdicts"]
     ]
+    said = [verdict.word for _, _, verdict in verdicts]
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -146,28 +162,18 @@ def _render(
     page = environment.from_string((_ASSETS / "page.html.j2").read_text()).render(
         spec=declared,
         sections=sections,
-        decided=[(place, verdict) for place, verdict in verdicts if verdict.word != OPEN],
-        undecided=sum(verdict.word == OPEN for _, verdict in verdicts),
+        decided=[each for each in verdicts if each[-1].word != WAITS],
+        waiting=said.count(WAITS),
         style=Markup((_ASSETS / "page.css").read_text()),  # noqa: S704  ours
         script=Markup((_ASSETS / "hover.js").read_text()),  # noqa: S704
-        words={HOLDS: "yes", FAILS: "no", OPEN: "open"},
+        classes=_CLASSES,
         made=f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
         version=__version__,
         folders=", ".join(str(folder.absolute()) for folder in folders),
         runs=len(shown),
         finished=finished,
     )
-    counts = {word: sum(verdict.word == word for _, verdict in verdicts) for word in (HOLDS, FAILS, OPEN)}
-    return Report(page, len(shown), finished, counts, _warnings(laid_out, records))
-
-
-def _section(section: Section, blocks: Sequence[Block], album: Album, listed: set[Record]) -> dict[str, Any]:
-    return {
-        "title": section.title,
-        "paper": section.paper,
-        "about": section.about,
-        "blocks": [_block(section, block, album, listed) for block in blocks],
-    }
+    return Report(page, len(shown), finished, _told(said), _warnings(laid_out))
 
 
 def _block(section: Section, block: Block, album: Album, listed: set[Record]) -> dict[str, Any]:
@@ -198,15 +204,16 @@ def _block(section: Section, block: Block, album: Album, listed: set[Record]) ->
     }
 
 
-def _warnings(laid_out: Sequence[tuple[Section, list[Block]]], records: Sequence[Record]) -> list[str]:
-    """Return what is probably not meant: means of runs that differ in more than the seed, keys that no run has."""
+def _told(said: Sequence[str]) -> dict[str, int]:
+    """Return how often each word is said, the word as it goes with the number: ``1 holds``, ``2 hold``."""
+    counts = {word: said.count(word) for word in _PLURAL if word in said}
+    return {(_SINGULAR if number == 1 else _PLURAL)[word]: number for word, number in counts.items()}
+
+
+def _warnings(laid_out: Sequence[tuple[Section, list[Block]]]) -> list[str]:
+    """Return what is probably not meant: means of runs that differ in more than the seed, metrics that no run has."""
     groups = [pair for _, blocks in laid_out for block in blocks for pair in block.members.items()]
     differing = ((name, members.differences()) for name, members in groups)
     found = [f"the runs of '{name}' differ in {', '.join(keys)}" for name, keys in differing if keys]
-    for name, members in groups:
-        recipes = [record.recipe for record in records if _may_be(members.group, record.info.recipe)]
-        for key, value in members.group.where.items():
-            if recipes and value is not None and all(lookup(recipe, key) is None for recipe in recipes):
-                hint = nearest(key, flatten(recipes[-1]))
-                found.append(f"group '{name}': no run of '{members.group.recipe}' has the key '{key}'{hint}")
+    found += [warning for section, blocks in laid_out for warning in names.unlogged(section, blocks)]
     return list(dict.fromkeys(found))

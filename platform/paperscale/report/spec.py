@@ -12,6 +12,7 @@ import yaml
 
 from paperscale import assets
 from paperscale.errors import UserError, nearest
+from paperscale.recipes import what_is_wrong
 
 NAME = "_report.yaml"
 KINDS = ("curves", "layers", "dots")
@@ -211,20 +212,11 @@ def read(path: Path) -> Spec:
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: {_reason(error)}; mend the YAML") from error
+        raise UserError(f"{path}: {what_is_wrong(error)}; mend the YAML") from error
     spec = _Reader(path).value(Spec, content, "")
     for number, section in enumerate(spec.sections):
         _check_section(section, f"{path}: sections[{number}]")
     return spec
-
-
-def _reason(error: Exception) -> str:
-    """Return what is wrong with a file, and in which line."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
-        mark = error.problem_mark
-        context = f"{error.context}, " if error.context else ""
-        return f"line {mark.line + 1}, column {mark.column + 1}: {context}{error.problem}"
-    return " ".join(str(error).replace('in "<unicode string>", ', "").split())
 
 
 class _Reader:

@@ -1,4 +1,4 @@
-"""Pictures of lines over two axes as SVG: places, labels and marks; colours and lines are the page's."""
+"""Pictures of lines over two axes as SVG: places, labels and marks, in colours that the page's stylesheet overrules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from paperscale.report.runs import Floats
 WIDTH, HEIGHT = 760, 340
 LEFT, RIGHT, TOP, BOTTOM = 62, 160, 10, 44
 _LABEL = 14  # pixels between two labels
-COLOURS = 8
+PALETTE = ("#0b6fb8", "#d1570a", "#1a8a5a", "#b03a84", "#7a6200", "#5b4fc4", "#a3302a", "#4d5964")
+"""Colours of groups, which the page's stylesheet sets too; these are for programs that read no stylesheet."""
+_INK, _RULE = "#5c6670", "#d9dee3"
 _BROKEN = ("", "7 3", "2 3", "9 3 2 3")  # dashes, once the colours are used up
 
 
@@ -61,46 +63,58 @@ def svg(parts: Iterable[str], height: float, title: str, scale: str = "") -> str
     """Return a picture of :data:`WIDTH` by ``height`` pixels; ``scale`` holds its attributes beside."""
     label = html.escape(title)
     return (
-        f'<svg class="plot" viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{label}" {scale}>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" viewBox="0 0 {WIDTH} {height:.0f}" role="img" '
+        f'font-family="sans-serif" font-size="12" aria-label="{label}" {scale}>'
         f"{''.join(parts)}</svg>"
+    )
+
+
+def stroked(name: str, colour: str, width: float) -> str:
+    """Return the attributes of a shape that is its outline alone, of a class."""
+    return f'class="{name}" fill="none" stroke="{colour}" stroke-width="{width:g}"'
+
+
+def coloured(name: str, number: int, width: float = 0.0) -> str:
+    """Return the attributes of a shape in a group's colour: its outline of some width, or without one its inside."""
+    name, colour = f"{name} s{number % len(PALETTE)}", PALETTE[number % len(PALETTE)]
+    return stroked(name, colour, width) if width else f'class="{name}" fill="{colour}"'
+
+
+def words(name: str, x: float, y: float, text: str, anchor: str = "start", more: str = "") -> str:
+    """Return a text in the axes' colour."""
+    return (
+        f'<text class="{name}" fill="{_INK}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>'
+        f"{html.escape(text)}</text>"
     )
 
 
 def x_axis_marks(axis: Axis, top: float, bottom: float, title: str) -> list[str]:
     """Return an x axis below a plot that reaches from ``top`` to ``bottom``, and its grid."""
     numbers = axis.ticks(7)
-    parts = [f'<path class="grid" d="M{axis.at(n):.1f},{top}V{bottom}"/>' for n in numbers]
+    parts = [f'<path {stroked("grid", _RULE, 1)} d="M{axis.at(n):.1f},{top}V{bottom}"/>' for n in numbers]
     parts += [
-        f'<text class="tick" x="{axis.at(n):.1f}" y="{bottom + 16}" text-anchor="middle">{label}</text>'
+        words("tick", axis.at(n), bottom + 16, label, "middle")
         for n, label in zip(numbers, tick_labels(numbers), strict=True)
     ]
-    middle = (axis.start + axis.end) / 2
-    parts.append(
-        f'<text class="axis" x="{middle:.0f}" y="{bottom + 36}" text-anchor="middle">{html.escape(title)}</text>'
-    )
-    return [*parts, f'<path class="frame" d="M{axis.start},{bottom}H{axis.end}"/>']
+    parts.append(words("axis", (axis.start + axis.end) / 2, bottom + 36, title, "middle"))
+    return [*parts, f'<path {stroked("frame", _INK, 1)} d="M{axis.start},{bottom}H{axis.end}"/>']
 
 
 def _y_axis_marks(axis: Axis, title: str) -> list[str]:
     numbers = axis.ticks()
-    parts = [f'<path class="grid" d="M{LEFT},{axis.at(n):.1f}H{WIDTH - RIGHT}"/>' for n in numbers]
+    parts = [f'<path {stroked("grid", _RULE, 1)} d="M{LEFT},{axis.at(n):.1f}H{WIDTH - RIGHT}"/>' for n in numbers]
     parts += [
-        f'<text class="tick" x="{LEFT - 7}" y="{axis.at(n) + 4:.1f}" text-anchor="end">{label}</text>'
+        words("tick", LEFT - 7, axis.at(n) + 4, label, "end")
         for n, label in zip(numbers, tick_labels(numbers), strict=True)
     ]
     middle = (axis.start + axis.end) / 2
-    turned = f'transform="rotate(-90 13 {middle:.0f})"'
-    parts.append(
-        f'<text class="axis" x="13" y="{middle:.0f}" text-anchor="middle" {turned}>{html.escape(title)}</text>'
-    )
-    return parts
+    return [*parts, words("axis", 13, middle, title, "middle", f' transform="rotate(-90 13 {middle:.0f})"')]
 
 
 def _style(trace: Trace) -> str:
-    dashes = "3 3" if trace.faint else _BROKEN[trace.number // COLOURS % len(_BROKEN)]
-    return f'class="line s{trace.number % COLOURS}{" faint" * trace.faint}"' + f' stroke-dasharray="{dashes}"' * bool(
-        dashes
-    )
+    dashes = "3 3" if trace.faint else _BROKEN[trace.number // len(PALETTE) % len(_BROKEN)]
+    line = coloured("line faint", trace.number, 1) if trace.faint else coloured("line", trace.number, 1.7)
+    return f'{line} stroke-dasharray="{dashes}"' if dashes else line
 
 
 def _line(trace: Trace, x_axis: Axis, y_axis: Axis) -> str:
@@ -111,8 +125,8 @@ def _line(trace: Trace, x_axis: Axis, y_axis: Axis) -> str:
     path = f'<path {_style(trace)} data-name="{name}"{names} d="M{points}"><title>{name}</title></path>'
     if not trace.dots and len(xs) > 1:
         return path
-    colour = f"s{trace.number % COLOURS}"
-    circles = (f'<circle class="dot {colour}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in zip(xs, ys, strict=True))
+    dot = coloured("dot", trace.number)
+    circles = (f'<circle {dot} cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in zip(xs, ys, strict=True))
     return path + "".join(circles)
 
 
@@ -122,7 +136,7 @@ def _band(trace: Trace, x_axis: Axis, y_axis: Axis) -> str:
         return ""
     xs, lows, highs = x_axis.place(line.band_x), y_axis.place(line.low), y_axis.place(line.high)
     outline = f"{_points(xs, highs)}L{_points(xs[::-1], lows[::-1])}"
-    return f'<path class="band s{trace.number % COLOURS}" d="M{outline}Z"/>'
+    return f'<path {coloured("band", trace.number)} opacity="0.16" d="M{outline}Z"/>'
 
 
 def _points(xs: Floats, ys: Floats) -> str:
@@ -147,8 +161,8 @@ def _end_labels(traces: Sequence[Trace], x_axis: Axis, y_axis: Axis) -> list[str
         name = trace.name if len(trace.name) <= 23 else f"{trace.name[:22]}…"
         true = y_axis.at(trace.line.y[-1])
         end = x_axis.at(trace.line.x[-1])
-        parts.append(f'<path class="lead s{trace.number % COLOURS}" d="M{end:.1f},{true:.1f}H{x}L{x + 8},{y:.1f}"/>')
-        parts.append(
-            f'<text class="label s{trace.number % COLOURS}" x="{x + 11}" y="{y + 4:.1f}">{html.escape(name)}</text>'
-        )
+        lead = f'{coloured("lead", trace.number, 1)} stroke-dasharray="1 3"'
+        parts.append(f'<path {lead} d="M{end:.1f},{true:.1f}H{x}L{x + 8},{y:.1f}"/>')
+        label = coloured("label", trace.number)
+        parts.append(f'<text {label} x="{x + 11}" y="{y + 4:.1f}">{html.escape(name)}</text>')
     return parts

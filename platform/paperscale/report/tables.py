@@ -12,7 +12,6 @@ from typing import Any
 
 from paperscale import recipes
 from paperscale.errors import UserError
-from paperscale.jobs.run import read_json
 from paperscale.report.runs import Members, Record, finals, lookup
 from paperscale.report.spec import Column, Group, Section, Table
 from paperscale.report.verdicts import Sample, decimals
@@ -56,10 +55,10 @@ def _commands(group: Group, setting: dict[str, Any], columns: Sequence[Column]) 
     keys = {key: value for key, value in {**group.where, **setting}.items() if not isinstance(value, (list, dict))}
     keys = {key: value for key, value in keys.items() if value is not None and not _is_pattern(value)}
     keys = {key: value for key, value in keys.items() if lookup(own, key) != value}
-    words = [f"{key}={json.dumps(value) if isinstance(value, bool) else value}" for key, value in keys.items()]
-    protocols = dict.fromkeys(column.evaluation for column in columns if column.evaluation)
-    protocols = [protocol for protocol in protocols if lookup(own, "data.eval_crop") != protocol]
-    tests = [f"paperscale test RUN data.eval_crop={protocol}" for protocol in protocols]
+    words = [_setting(key, value) for key, value in keys.items()]
+    protocols = dict.fromkeys(column.evaluation for column in columns)
+    wanted = [protocol for protocol in protocols if protocol not in ("", lookup(own, "data.eval_crop"))]
+    tests = [f"paperscale test RUN data.eval_crop={protocol}" for protocol in wanted]
     return [group.command or shlex.join(["paperscale", "fit", group.recipe, *words]), *tests]
 
 
@@ -160,17 +159,25 @@ _OF_A_SWEEP = ("--sweep", "--max-parallel", "--name")
 
 
 def _command(record: Record) -> str:
-    """Return what makes a run: of one of a sweep, the sweep's command with the values that the run was given."""
-    command, group = record.info.command, record.info.group
-    values = read_json(record.run.path.parent / group / "sweep.json").get(record.info.name) if group else None
-    if not values:
-        return command
-    kept, skip = [], False
-    for word in shlex.split(command):
-        if not skip and word.partition("=")[0] not in _OF_A_SWEEP:
+    """Return what makes a run: of one of a sweep, the sweep's command with the values that this run was given."""
+    if not record.info.group:
+        return record.info.command
+    kept, given = [], []
+    words = iter(shlex.split(record.info.command))
+    for word in words:
+        option, joined, value = word.partition("=")
+        if option not in _OF_A_SWEEP:
             kept.append(word)
-        skip = not skip and word in _OF_A_SWEEP
-    return shlex.join([*kept, *(f"{key}={value}" for key, value in values.items())])
+            continue
+        value = value if joined else next(words, "")
+        if option == "--sweep":
+            key = value.partition("=")[0]
+            given.append(_setting(key, lookup(record.recipe, "data.path" if key == "data" else key)))
+    return shlex.join([*kept, *given])
+
+
+def _setting(key: str, value: Any) -> str:
+    return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 def _versions(record: Record) -> str:

@@ -86,7 +86,7 @@ def judge(check: Check, members: Mapping[str, Members]) -> Verdict:
     labels = [members[name].group.label or name for name in names]
     missing = [label for label, sample in zip(labels, samples, strict=True) if not sample.values]
     if missing:
-        return Verdict(check.claim, WAITS, f"of {', '.join(missing)}")
+        return Verdict(check.claim, WAITS, f"missing: {', '.join(missing)}")
     unit = " %" if check.unit else ""
     told = [f"{label} {sample}{unit} ({len(sample.values)})" for label, sample in zip(labels, samples, strict=True)]
     told += [

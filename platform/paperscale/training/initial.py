@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -84,14 +83,42 @@ def match(model: nn.Module, weights: Weights) -> Match:
         UserError: nothing fits; names the change of names with which the most would.
     """
     shapes = {name: _shape(tensor) for name, tensor in state_of(model)}
-    others, foreign = _other_names(model), _foreign_names(model)
+    others, (foreign, refused) = _other_names(model), _foreign_names(model)
     fits = _match(shapes, others, weights)
     for library, names in foreign.items():
         translated = _match(shapes, others, _translated(weights, names))
         if len(translated.found) > len(fits.found):
             fits = replace(translated, library=library)
     if not fits.found:
-        raise UserError(_nothing_fits(weights, shapes, foreign.values()))
+        raise UserError(_nothing_fits(weights, shapes, foreign.values(), refused))
+    return fits
+
+
+def matched(model: nn.Module, source: Path, prefix: str | None, whole: bool = False) -> Match:
+    """Compare a model with the weights of a checkpoint or a file.
+
+    Args:
+        model: as of :func:`match`.
+        source: folder of a checkpoint, or a file.
+        prefix: change of names, see :func:`renamed`.
+        whole: refuse weights that are not all of the model's.
+
+    Raises:
+        UserError: nothing fits, the weights cannot be read or are not all there; or the names are another library's and
+            tensors beside the last layer's do not fit, and no prefix says that a part is wanted.
+    """
+    fits = match(model, renamed(open_weights(source), prefix))
+    lacking = [*fits.missing, *fits.other_shape]
+    if whole and lacking:
+        raise UserError(f"{fits} ({lacking[0]}); use the recipe that made it")
+    if fits.library and not prefix:
+        (*_, (last, _)) = model.named_parameters()
+        layer = last.rpartition(".")[0]  # a new one is what fine-tuning wants
+        if lacking := [name for name in lacking if not name.startswith(f"{layer}.")]:
+            raise UserError(
+                f"{fits} ({lacking[0]}): they are of another network, perhaps of another depth; make model.network the "
+                "same, or add init_prefix=/ to begin with what fits"
+            )
     return fits
 
 
@@ -113,15 +140,21 @@ def _match(shapes: Mapping[str, tuple[int, ...]], others: Mapping[str, list[str]
     return Match(weights.origin, found, missing, unexpected, other_shape)
 
 
-def _foreign_names(model: nn.Module) -> dict[str, dict[str, str]]:
-    """Return, for each library that has such a model, the model's names with the library's."""
+def _foreign_names(model: nn.Module) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """Return, for each library that has such a model, the model's names with the library's.
+
+    And of those that have similar models alone, why not this one.
+    """
     found: dict[str, dict[str, str]] = {}
+    refused: dict[str, str] = {}
     export_names: Any = getattr(model, "export_names", None)
     for library in LIBRARIES if export_names else ():
-        with contextlib.suppress(UserError):  # it has no such model
+        try:
             if names := export_names(library):
                 found[library] = names
-    return found
+        except UserError as error:
+            refused[library] = str(error)
+    return found, refused
 
 
 def _translated(weights: Weights, names: Mapping[str, str]) -> Weights:
@@ -148,8 +181,16 @@ def _other_names(model: nn.Module) -> dict[str, list[str]]:
     return others
 
 
-def _nothing_fits(weights: Weights, shapes: Mapping[str, tuple[int, ...]], foreign: Iterable[Mapping[str, str]]) -> str:
-    """Return what to do where no name and shape is the model's, under its own names or another library's."""
+def _nothing_fits(
+    weights: Weights,
+    shapes: Mapping[str, tuple[int, ...]],
+    foreign: Iterable[Mapping[str, str]],
+    refused: Mapping[str, str],
+) -> str:
+    """Return what to do where no name and shape is the model's, under its own names or another library's.
+
+    Where not even half would fit under other prefixes, the names may be of a library that has no such model.
+    """
     what = f"{weights.origin}: none of its {len(weights.tensors)} tensors has a name and shape of the model's"
     counts: Counter[str] = Counter()
     theirs = [{other: shapes[name] for name, other in names.items() if name in shapes} for names in foreign]
@@ -158,6 +199,9 @@ def _nothing_fits(weights: Weights, shapes: Mapping[str, tuple[int, ...]], forei
             changed = renamed(weights, change).tensors
             fitting = sum(name in changed and changed[name].shape == shape for name, shape in named.items())
             counts[change] = max(counts[change], fitting)
+    if refused and 2 * max(counts.values(), default=0) < min(len(shapes), len(weights.tensors)):
+        (library, reason), *_ = refused.items()
+        return f"{what}; if its names are {library}'s: {reason}"
     if not counts:
         return (
             f"{what} (it has {next(iter(weights.tensors))}, the model {next(iter(shapes))}); use weights of this model"
@@ -220,13 +264,9 @@ def fill(pieces: Iterable[Piece], fits: Match) -> None:
             piece.fill(weight.read(piece.start, piece.stop))
 
 
-def read_initial(model: nn.Module, source: Path, prefix: str | None) -> Match:
-    """Give weights to a model that one process holds wholly.
-
-    Raises:
-        UserError: nothing fits, or the weights cannot be read.
-    """
-    fits = match(model, renamed(open_weights(source), prefix))
+def read_initial(model: nn.Module, source: Path, prefix: str | None, whole: bool = False) -> Match:
+    """Give weights to a model that one process holds wholly; arguments and errors are those of :func:`matched`."""
+    fits = matched(model, source, prefix, whole)
     fill([piece_of(f"model/{name}", tensor) for name, tensor in state_of(model)], fits)
     return fits
 
@@ -248,10 +288,10 @@ class InitialWeights(Callback):
         """Read what fits: the strategy has divided the model.
 
         Raises:
-            UserError: nothing fits, or the weights cannot be read.
+            UserError: as of :func:`matched`.
         """
         strategy: Any = trainer.strategy
-        fits = match(pl_module, renamed(open_weights(self.source), self.prefix))
+        fits = matched(pl_module, self.source, self.prefix)
         fill([*strategy.parameter_pieces(), *strategy.buffer_pieces()], fits)
         strategy.weights_changed()
         for line in fits.lines():
