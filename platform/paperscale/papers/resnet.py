@@ -309,7 +309,7 @@ class ResNet(nn.Module):
             if value != theirs:
                 raise UserError(
                     f"torchvision has no ResNet-{self.depth} with {name}={value}, only with {theirs}: train with "
-                    f"model.network.{name}={theirs}, or leave --format out for a file with the model's own names"
+                    f"model.network.{name}={theirs}"
                 )
         changes = {f"conv{2 + stage}_x.": f"layer{1 + stage}." for stage in range(4)} | {".shortcut.": ".downsample."}
         return {name: replaced(name, changes) for name in self.state_dict()}
