@@ -16,7 +16,7 @@ from paperscale import assets
 from paperscale.errors import UserError, nearest
 
 HEADER_FIELDS = ("run", "needs", "paper", "measured")
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # seven times as fast, where it was built
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _OVERRIDE = re.compile(r"^-{0,2}([A-Za-z_][\w.]*\+?)=(.*)$", re.DOTALL)  # key=value, key+=value
 
 
@@ -109,7 +109,7 @@ def read(path: Path) -> dict[str, Any]:
         UserError: it is not valid YAML.
     """
     try:
-        content = yaml.load(path.read_text(), Loader=_LOADER)  # noqa: S506  a safe one
+        content = parse_yaml(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: not valid YAML: {what_is_wrong(error)}") from error
     if not isinstance(content, dict):
@@ -127,6 +127,18 @@ def _path_of_data(key: str, value: str) -> tuple[str, str]:
     """Let ``data=PATH`` say which set a recipe trains on; ``data=CLASS`` and ``data={...}`` are the parser's."""
     is_path = key == "data" and not value.startswith("{") and ("/" in value or Path(value).is_dir())
     return ("data.path", value) if is_path else (key, value)
+
+
+def parse_yaml(text: str) -> Any:
+    """Return what YAML says, read in C where that was built: seven times as fast.
+
+    Raises:
+        yaml.YAMLError: it is not valid.
+    """
+    try:
+        return yaml.load(text, Loader=_LOADER)  # noqa: S506  a safe one
+    except yaml.YAMLError:
+        return yaml.safe_load(text)  # says better what is wrong
 
 
 def what_is_wrong(error: Exception) -> str:

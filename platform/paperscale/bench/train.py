@@ -254,7 +254,6 @@ def _prepare(folder: Path, work: Work, ways: Sequence[str], shards: Path) -> Non
         "class_path": "paperscale.papers.resnet.ResNetClassifier",
         "init_args": {
             "network": {"class_path": "paperscale.papers.resnet.ResNet", "init_args": network},
-            "classes": CLASSES,
             **SGD,
         },
     }

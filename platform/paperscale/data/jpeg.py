@@ -31,8 +31,8 @@ from PIL import Image, UnidentifiedImageError
 
 from paperscale.data import png
 from paperscale.data.native import build
+from paperscale.data.png import Content
 
-Content = bytes | bytearray | memoryview
 Box = Sequence[float]
 
 

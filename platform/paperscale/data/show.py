@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 
 from paperscale.data.order import SampleOrder
 from paperscale.data.shards import ShardSet
+from paperscale.data.tiles import tiled
 from paperscale.data.tokenizer import FILE as TOKENIZER
 from paperscale.data.tokens import TokenSet
 from paperscale.data.verify import IMAGES, decode_sample
 from paperscale.errors import UserError
 
-_CELL, _CAPTION, _GAP = 128, 14, 6  # pixels
+_CELL, _GAP = 128, 6  # pixels
 _LINE = 400  # characters of a member that are shown
 
 
@@ -109,19 +110,15 @@ def _short(value: Any) -> str:
 
 def contact_sheet(pictures: list[tuple[NDArray[np.uint8], str]]) -> Any:
     """Return a ``PIL.Image`` with all pictures in a grid, each with its caption."""
-    from PIL import Image, ImageDraw
+    from PIL import Image
 
     columns = min(len(pictures), max(1, math.ceil(math.sqrt(len(pictures) * 1.5))))
-    rows = math.ceil(len(pictures) / columns)
-    width, height = _CELL + _GAP, _CELL + _CAPTION + _GAP
-    sheet = Image.new("RGB", (columns * width + _GAP, rows * height + _GAP), "white")
-    draw = ImageDraw.Draw(sheet)
-    for number, (pixels, caption) in enumerate(pictures):
+    cells = []
+    for pixels, _ in pictures:
         picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2:] == (1,) else pixels).convert("RGB")
         scale = _CELL / max(picture.size)
         size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
         picture = picture.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC)
-        left, top = _GAP + number % columns * width, _GAP + number // columns * height
-        sheet.paste(picture, (left + (_CELL - size[0]) // 2, top + (_CELL - size[1]) // 2))
-        draw.text((left, top + _CELL), caption[: _CELL // 6], fill="black")
-    return sheet
+        cells.append(Image.new("RGB", (_CELL, _CELL), "white"))
+        cells[-1].paste(picture, ((_CELL - size[0]) // 2, (_CELL - size[1]) // 2))
+    return tiled(cells, [caption[: _CELL // 6] for _, caption in pictures], columns, _GAP)

@@ -35,8 +35,6 @@ from paperscale.training.recipe import RecipeCLI
 from paperscale.training.tensorfile import TensorReader
 from paperscale.training.weights import has_averages, of_checkpoint, read_weights
 
-EVALUATIONS = "evaluations"
-"""Folder of a run with what ``validate`` and ``test`` have found."""
 _LONGEST = 150  # characters of a file's name, without its ending
 _EVERY_S = 10.0  # between lines of progress
 
@@ -147,8 +145,8 @@ def _others(request: Request, source: Path) -> dict[str, Path]:
 def _use_code(others: list[Path], first: Run | None) -> None:
     """Let imports find the code of all runs, the first one's before the others'."""
     for run in [*(Run(checkpoint.parent.parent) for checkpoint in reversed(others)), first]:
-        if run is not None and (run.path / "run.json").exists():
-            snapshot.use(run.path / "code", Path(run.info.workdir))
+        if run is not None:
+            snapshot.use(run)
 
 
 def _load(cli: RecipeCLI, source: Path) -> tuple[RecipeCLI, dict[str, Any]]:
@@ -169,7 +167,7 @@ def _load(cli: RecipeCLI, source: Path) -> tuple[RecipeCLI, dict[str, Any]]:
 def _called(checkpoint: Path) -> str:
     """Return a checkpoint's name within its run, which may be moved; the path of one that lies elsewhere."""
     run = Run(checkpoint.parent.parent)
-    return f"{run.name}/{checkpoint.name}" if (run.path / "run.json").exists() else str(checkpoint)
+    return f"{run.name}/{checkpoint.name}" if run.exists else str(checkpoint)
 
 
 def _join(first: RecipeCLI, name: str, others: Mapping[str, RecipeCLI]) -> None:
@@ -317,7 +315,7 @@ def _keep(request: Request, run: Run, found: dict[str, Any]) -> str | None:
     The same evaluation of the same weights takes the place of what it found before; every other one keeps its file.
     """
     same = ("stage", "overrides", "overlays", "checkpoint", "weights", "ensemble")
-    folder = run.path / EVALUATIONS
+    folder = run.evaluations
     for number in itertools.count(1):
         path = folder / f"{request.name}{f'-{number}' if number > 1 else ''}.json"
         if not path.exists() or [read_json(path).get(key) for key in same] == [found[key] for key in same]:

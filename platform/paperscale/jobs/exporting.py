@@ -65,9 +65,7 @@ def export_as(
 
 def _module(checkpoint: Path) -> LightningModule:
     """Make the checkpoint's module, without its weights where that can be."""
-    run = Run(checkpoint.parent.parent)
-    if (run.path / "run.json").exists():
-        snapshot.use(run.path / "code", Path(run.info.workdir))
+    snapshot.use(Run(checkpoint.parent.parent))
     return built_on_meta([f"--config={checkpoint / RECIPE}"]).model
 
 

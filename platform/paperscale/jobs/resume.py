@@ -7,7 +7,6 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import yaml
 
@@ -123,7 +122,7 @@ def _validated(run: Run, place: Place, here: bool, changes: Changes) -> Validate
     longer = begun and any(key in _LENGTH for key, _ in changes)
     check = Validator(place, without_memory=not here, lengthened=longer, begun=begun)
     imports = sys.path.copy()
-    snapshot.use(run.path / "code", Path(run.info.workdir))
+    snapshot.use(run)
     try:
         return check(RecipeArguments(run.recipe, overrides=changes))
     finally:

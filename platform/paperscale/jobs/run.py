@@ -141,6 +141,16 @@ class Run:
         return self.path / "checkpoints"
 
     @property
+    def exists(self) -> bool:
+        """Return whether the folder is a run's."""
+        return (self.path / "run.json").exists()
+
+    @property
+    def evaluations(self) -> Path:
+        """Return the folder of what ``validate`` and ``test`` have found."""
+        return self.path / "evaluations"
+
+    @property
     def metrics(self) -> Path:
         """Return the file of logged rows."""
         return self.path / "metrics.jsonl"

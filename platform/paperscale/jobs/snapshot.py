@@ -13,7 +13,7 @@ from pathlib import Path
 
 from paperscale import __version__, assets
 from paperscale.errors import UserError
-from paperscale.jobs.run import runs_dir
+from paperscale.jobs.run import Run, runs_dir
 
 IMPORT_PATH = "import-path"
 _MAX_BYTES = 64 << 20
@@ -96,8 +96,11 @@ def share(code: Path, other: Path) -> None:
             _link(code.parent / name, other.parent / name)
 
 
-def use(code: Path, workdir: Path) -> None:
-    """Let imports find the run's copy of the user's code, and what was not copied where it is now."""
+def use(run: Run) -> None:
+    """Let imports find a run's copy of the user's code, and what was not copied where it is now; no run has none."""
+    if not run.exists:
+        return
+    code, workdir = run.path / "code", Path(run.info.workdir)
     listed = code / IMPORT_PATH
     roots = listed.read_text().splitlines() if listed.exists() else []
     rest = [path for path in sys.path if path not in ("", str(workdir), str(Path.cwd()))]

@@ -125,7 +125,7 @@ class Worker:
         from paperscale.training import speed
         from paperscale.training.recipe import RecipeCLI
 
-        snapshot.use(self.run.path / "code", Path(self.info.workdir))
+        snapshot.use(self.run)
         self.record(
             attempt=self.attempt.number,
             started=time.time(),

@@ -629,9 +629,8 @@ class ResNetClassifier(LightningModule):
             optimizer = Lars(parameters, momentum=self.momentum, **options)
         else:
             optimizer = torch.optim.SGD(parameters, momentum=self.momentum, **options)
-        after = cosine(steps, self.warmup_steps)
-        if self.schedule == "steps":
-            after = steps_down([int(fraction * steps) for fraction in self.milestones])
+        drops = [int(fraction * steps) for fraction in self.milestones]
+        after = steps_down(drops) if self.schedule == "steps" else cosine(steps, self.warmup_steps)
         start = None if self.warmup_lr is None else self.warmup_lr / lr
         return scheduled(optimizer, warmed_up(after, self.warmup_steps, start))  # type: ignore[return-value]
 

@@ -10,17 +10,11 @@ import numpy as np
 from paperscale.report import curves
 from paperscale.report.axes import Axis
 from paperscale.report.runs import Curve, Members, Record, converted, finals, quantity
-from paperscale.report.spec import Figure
+from paperscale.report.spec import MOMENTS, Figure
 from paperscale.report.svg import BOTTOM, RIGHT, TOP, WIDTH, Trace, coloured, plot, svg, words, x_axis_marks
 from paperscale.report.verdicts import Sample
 
 _ROW = 26  # pixels between two rows of dots
-_MOMENTS = {
-    "first": "as first logged",
-    "mean": "mean over the training",
-    "geometric": "geometric mean over the training",
-    "last": "at the end of training",
-}
 
 
 @dataclass(frozen=True)
@@ -115,7 +109,7 @@ def _layers(figure: Figure, chosen: Mapping[str, Members], numbers: Mapping[str,
         traces.append(
             Trace(of.group.label or name, numbers[name], curves.Line(x, mean, *band), len(x) < 120, names=names)
         )
-    notes = [_MOMENTS[figure.at]]
+    notes = [MOMENTS[figure.at]]
     notes += ["band: ± 1 standard deviation over seeds"] if banded else []
     what = figure.metric.rstrip("/")
     x_title = "layers, by size" if figure.sort else "layer"

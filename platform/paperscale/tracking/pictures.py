@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paperscale.atomic import write_atomically
+from paperscale.data.tiles import tiled
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 MEDIA = "media"
 """Folder of a run with its pictures."""
 _LEAST_SIDE = 96  # pixels of an image in a grid: smaller ones are enlarged, so that captions can be read
-_GAP, _LINE = 4, 14
+_GAP = 4
 
 
 def write_picture(folder: Path, key: str, images: Any, step: int | None, captions: Sequence[str]) -> None:
@@ -99,7 +100,7 @@ def drawn(images: Sequence[Image], captions: Sequence[str] = ()) -> Image:
     Raises:
         ValueError: their numbers differ.
     """
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageFont
 
     if captions and len(captions) != len(images):
         raise ValueError(f"{len(captions)} captions of {len(images)} images; give one each")
@@ -107,23 +108,13 @@ def drawn(images: Sequence[Image], captions: Sequence[str] = ()) -> Image:
         return images[0]
     factor = max(1, math.ceil(_LEAST_SIDE / max(max(image.size) for image in images)))
     cells = [image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST) for image in images]
-    width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
-    columns = math.ceil(math.sqrt(len(cells)))
-    across, down = width + _GAP, height + _GAP + (_LINE if captions else 0)
-    grid = Image.new("RGB", (columns * across + _GAP, -(-len(cells) // columns) * down + _GAP), "white")
-    draw, font = ImageDraw.Draw(grid), ImageFont.load_default()
-    for number, cell in enumerate(cells):
-        left, top = _GAP + number % columns * across, _GAP + number // columns * down
-        grid.paste(cell, (left, top))
-        if captions:
-            text = _fitting(captions[number], width, draw, font)
-            draw.text((left, top + height + 1), text, fill="black", font=font)
-    return grid
+    width, font = max(cell.width for cell in cells), ImageFont.load_default()
+    return tiled(cells, [_fitting(text, width, font) for text in captions], math.ceil(math.sqrt(len(cells))), _GAP)
 
 
-def _fitting(text: str, width: int, draw: Any, font: Any) -> str:
+def _fitting(text: str, width: int, font: Any) -> str:
     """Return the beginning of a text that is no wider than ``width`` pixels, in letters that every font has."""
     text = text.encode("latin-1", "replace").decode("latin-1")
-    while text and draw.textlength(text, font=font) > width:
+    while text and font.getlength(text) > width:
         text = text[:-1]
     return text
