@@ -18,7 +18,19 @@ from rich.console import Console
 
 from paperscale import __version__
 from paperscale.atomic import write_atomically
-from paperscale.data.prepare import glue, imagenet, images, squad, text, translation, wikipedia
+from paperscale.data.prepare import (
+    choices,
+    conll,
+    glue,
+    gluedev,
+    imagenet,
+    images,
+    reading,
+    squad,
+    text,
+    translation,
+    wikipedia,
+)
 from paperscale.data.prepare.base import SCRATCH, Dataset, Job, Options, bar
 from paperscale.data.prepare.images import parse_idx, to_idx
 from paperscale.data.shards import MANIFEST, Manifest, read_manifest
@@ -36,7 +48,11 @@ DATASETS: dict[str, Dataset] = {
     **translation.DATASETS,
     **wikipedia.DATASETS,
     **glue.DATASETS,
+    **gluedev.DATASETS,
+    **choices.DATASETS,
+    **reading.DATASETS,
     **squad.DATASETS,
+    **conll.DATASETS,
 }
 
 UNFINISHED = "unfinished.json"

