@@ -129,7 +129,7 @@ DATASETS = {
     "swag": Dataset(
         "SWAG",
         "context and four endings, one right: 73,546 + 20,006",
-        "46 MB",
+        "44 MB",
         "MIT",
         write_swag,
         originals="train.csv and val.csv from https://github.com/rowanz/swagaf/tree/master/data",

@@ -124,7 +124,7 @@ DATASETS = {
     "conll2003": Dataset(
         "CoNLL-2003",
         "English news, the names in it marked: 946 + 216 + 231 documents, 301,418 words",
-        "1 MB",
+        "5 MB",
         "research use; the text is Reuters' (https://trec.nist.gov/data/reuters/reuters.html)",
         write_conll2003,
         originals="eng.train, eng.testa and eng.testb of https://www.clips.uantwerpen.be/conll2003/ner",
