@@ -8,15 +8,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from paperscale.data.images import ImageShards
+    from paperscale.data.pairs import SegmentPairs
     from paperscale.data.stream import ShardStream
     from paperscale.data.text import TokenBlocks, TokenDocuments
     from paperscale.data.webdataset import WebDatasetStream
     from paperscale.data.writer import ShardWriter
 
-__all__ = ["ImageShards", "ShardStream", "ShardWriter", "TokenBlocks", "TokenDocuments", "WebDatasetStream"]
+__all__ = [
+    "ImageShards",
+    "SegmentPairs",
+    "ShardStream",
+    "ShardWriter",
+    "TokenBlocks",
+    "TokenDocuments",
+    "WebDatasetStream",
+]
 
 _HOME = {
     "ImageShards": "images",
+    "SegmentPairs": "pairs",
     "ShardStream": "stream",
     "ShardWriter": "writer",
     "TokenBlocks": "text",

@@ -34,6 +34,7 @@ from paperscale.data.absent import AbsentSet
 from paperscale.data.augment import Box, Draws
 from paperscale.data.batching import Batches
 from paperscale.data.files import Buffer
+from paperscale.data.kept import kept_array
 from paperscale.data.loader import OrderedLoader
 from paperscale.data.mixing import Mixing, PairedBatches
 from paperscale.data.order import Order
@@ -425,7 +426,7 @@ class ImageShards(ShardStream):
 
         of = hashlib.sha256(repr((source.fingerprint(), shape, self.fields)).encode()).hexdigest()[:16]
         path = Path(self.paths[0]) / f"mean-{of}.npy"
-        return meanimage.kept(path, self._rank()[0] == 0 and "://" not in self.paths[0], compute)
+        return kept_array(path, self._rank()[0] == 0 and "://" not in self.paths[0], compute)
 
 
 class Memory:

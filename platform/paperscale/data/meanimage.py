@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -13,7 +10,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from paperscale.atomic import write_atomically
 from paperscale.data.stream import Batch
 
 _MOST_PIXELS = 60_000 * 64 * 64
@@ -36,26 +32,6 @@ def mean_of(batches: Iterable[Batch]) -> NDArray[np.float32]:
         total = total + batch["image"].sum(0, dtype=torch.int64)
         count += len(batch["image"])
     return (total.double() / count).float().contiguous().numpy()
-
-
-def kept(path: Path, write: bool, compute: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
-    """Return the array that a file holds; where there is none, compute it, and keep it there if that is possible.
-
-    Args:
-        path: the file; its name says what the array was computed from.
-        write: whether to keep it.
-        compute: returns it.
-    """
-    with contextlib.suppress(OSError, ValueError, EOFError):  # what is no whole file is made again
-        found: NDArray[np.float32] = np.load(path)
-        return found
-    found = compute()
-    content = io.BytesIO()
-    np.save(content, found)
-    if write:
-        with contextlib.suppress(OSError):  # a folder that is only read
-            write_atomically(path, content.getvalue())
-    return found
 
 
 def placed(mean: Tensor, place: Tensor, padding: int) -> Tensor:

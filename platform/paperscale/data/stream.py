@@ -182,6 +182,24 @@ class ShardStream(LightningDataModule):
                 skipped.append(Skipped(sample, fault.what))
         return skipped
 
+    def clear(self, batch: Batch, row: int) -> None:
+        """Make a row that could not be filled one that can be computed with."""
+        for value in batch.values():
+            value[row] = 0
+
+    def assembled(self, batch: Batch, kept: torch.Tensor | None) -> Batch:
+        """Return a filled batch as it is given to the model.
+
+        Args:
+            batch: what :meth:`allocate` returned, filled, and ``sample``.
+            kept: numbers of the rows that could be read, int64; ``None`` where all could.
+        """
+        return batch if kept is None else {name: value[kept] for name, value in batch.items()}
+
+    def full_batch(self, samples: int) -> Batch | None:
+        """Return a batch of samples of the greatest size, where they differ in size; ``None`` where they do not."""
+        return None
+
     # -- the stream's state: one integer, and what was skipped ---------------------------------------------
 
     def advance(self, cursor: Cursor) -> list[str]:
@@ -507,7 +525,7 @@ class _Filling:
     """One batch in preparation."""
 
     def __init__(self, stream: ShardStream, source: Source, places: Places, train: bool):
-        self.places = places
+        self.stream, self.places = stream, places
         with torch.inference_mode(False):  # threads could not write to a tensor of an evaluation loop's inference mode
             self.batch = stream.allocate_for(source, places, train)
         self.skipped: list[Skipped] = []
@@ -525,15 +543,13 @@ class _Filling:
         self.parts = []  # they refer to this object: the batch would live until the cycle is collected
         batch = {**self.batch, "sample": torch.from_numpy(self.places.samples.copy())}
         if not self.skipped:
-            return batch, ()
+            return self.stream.assembled(batch, None), ()
         bad = {fault.sample for fault in self.skipped}
         kept = torch.tensor([row for row, sample in enumerate(self.places.samples.tolist()) if sample not in bad])
-        skipped = tuple(sorted(self.skipped))
         if not len(kept):  # a batch must hold something for the collectives that all ranks enter
             kept = torch.zeros(1, dtype=torch.int64)
-            for value in self.batch.values():
-                value[0] = 0
-        return {name: value[kept] for name, value in batch.items()}, skipped
+            self.stream.clear(self.batch, 0)
+        return self.stream.assembled(batch, kept), tuple(sorted(self.skipped))
 
 
 class _Pieces:

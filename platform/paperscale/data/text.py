@@ -33,6 +33,7 @@ from paperscale.data.order import Order
 from paperscale.data.shards import ShardSet
 from paperscale.data.stream import Batch, Places, ShardStream, Source, at_least
 from paperscale.data.tokenizer import FILE as TOKENIZER
+from paperscale.data.tokenizer import Tokenizer
 from paperscale.data.tokens import TokenSets
 from paperscale.errors import UserError
 
@@ -42,8 +43,8 @@ IGNORED = -100
 """Target of positions that have none, as ``cross_entropy`` ignores by default."""
 
 
-class _TokenStream(ShardStream):
-    """What both have in common."""
+class TokenStream(ShardStream):
+    """What streams of token shards have in common."""
 
     _unit = "document"
 
@@ -62,6 +63,20 @@ class _TokenStream(ShardStream):
             )
         return source
 
+    def tokenizer(self) -> Tokenizer:
+        """Return the sets' tokenizer.
+
+        Raises:
+            UserError: there is none beside the shards.
+        """
+        folder = self.shards("train")
+        if TOKENIZER not in folder.manifest.files:
+            raise UserError(
+                f"{folder.path} has no {TOKENIZER}; prepare it with `paperscale data prepare`, or attach the tokenizer "
+                "with ShardWriter.attach"
+            )
+        return Tokenizer(bytes(folder.folder.read_file(TOKENIZER)).decode(), f"{folder.path}/{TOKENIZER}")
+
     def name_of(self, shards: ShardSet, shard: int, row_in_shard: int) -> str:
         """Return what to call a sample in a message: its place in the shard."""
         return f"{self._unit} {row_in_shard}"
@@ -71,7 +86,7 @@ class _TokenStream(ShardStream):
         return super().fill_rows(source, {k: tensor.numpy() for k, tensor in batch.items()}, rows, places, train)
 
 
-class TokenBlocks(_TokenStream):
+class TokenBlocks(TokenStream):
     """Text in blocks of a fixed number of tokens, as language models are trained on (Radford et al. 2019, section 2.3).
 
     The documents of a split, laid end to end, are cut into blocks; a block is a sample. What is left after the last
@@ -157,7 +172,7 @@ class TokenBlocks(_TokenStream):
             batch["targets"][row, ends - 1] = IGNORED
 
 
-class TokenDocuments(_TokenStream):
+class TokenDocuments(TokenStream):
     """Documents of one or more sentences, padded to the longest of a batch: translation, inference, classification.
 
     Args:

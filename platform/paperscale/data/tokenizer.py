@@ -27,6 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from paperscale.errors import UserError, nearest
 
 KINDS = ("bpe", "shared-bpe", "wordpiece", "wordpiece-cased", "words", "bytes")
@@ -113,6 +116,12 @@ class Tokenizer:
         if self.is_bytes:
             return bytes(tokens).decode(errors="replace")
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def continues(self) -> NDArray[np.bool_]:
+        """Return which tokens go on with the word before them, as ``##ing`` does in WordPiece: bool [vocab_size]."""
+        found = np.zeros(self.vocab_size, np.bool_)
+        found[[number for token, number in self._tokenizer.get_vocab().items() if token.startswith("##")]] = True
+        return found
 
     def number(self, role: str) -> int:
         """Return the number of the token for a role: pad, unknown, begin, end or mask.

@@ -188,6 +188,16 @@ class TokenSet:
             self._chunks[shard, row] = found
         return found
 
+    def ends(self, shard: int, row: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return where a chunk's documents end, in sentences, and its sentences, in tokens; the tokens are not read.
+
+        Raises:
+            SampleFault: it cannot be read or is damaged.
+        """
+        found = self.shards.read(shard, row, (LENGTHS["documents"], LENGTHS["sentences"]))
+        documents, sentences = (array(found[LENGTHS[name]]).astype(np.int64) for name in ("documents", "sentences"))
+        return documents[:, 1], sentences
+
     def copy_tokens(self, shard: int, start: int, out: NDArray[np.int64]) -> None:
         """Copy the tokens that begin at ``start`` of a shard, and go on into the shards that follow, into ``out``."""
         starts = self.chunk_starts(shard, "tokens")

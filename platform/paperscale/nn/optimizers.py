@@ -406,6 +406,78 @@ class Lars(LayerwiseOptimizer):
         torch._foreach_sub_(work.weights, work.buffers)
 
 
+class BertAdam(Optimizer):
+    """Adam as BERT's own code has it, without bias correction (Devlin et al. 2019, ``optimization.py``).
+
+    With gradient g of weights x::
+
+        m = b1 m + (1 - b1) g
+        v = b2 v + (1 - b2) g^2
+        x = x - lr (m / (sqrt(v) + eps) + decay x)
+
+    The first steps are longer than Adam's, by up to (1 - b1) / sqrt(1 - b2), about 3; on small data sets fine-tuning
+    with it fails more often (Mosbach et al. 2021, section 5).
+
+    Args:
+        params: parameters, or groups of them; see :func:`decay_groups`.
+        lr: learning rate.
+        betas: b1 and b2.
+        eps: added to the denominator.
+        weight_decay: decay.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+    ):
+        if not all(0 <= beta < 1 for beta in betas):
+            raise UserError(f"BertAdam: betas are {tuple(betas)}; use two numbers from 0 to below 1")
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if value < 0:
+                raise UserError(f"BertAdam: {name} is {value}; use a number of at least 0")
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one optimization step; return the closure's loss, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if parameters := [p for p in group["params"] if p.grad is not None]:
+                self._move(group, parameters)
+        return loss
+
+    def _move(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        states = [self.state[parameter] for parameter in parameters]
+        for parameter, state in zip(parameters, states, strict=True):
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name not in state:
+                    state[name] = torch.zeros_like(parameter)
+        weights = [_local(p) for p in parameters]
+        gradients = [_local(p.grad) for p in parameters]  # type: ignore[arg-type]
+        averages, squares = ([_local(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        beta1, beta2 = group["betas"]
+        torch._foreach_lerp_(averages, gradients, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+        directions = list(torch._foreach_sqrt(squares))
+        torch._foreach_add_(directions, group["eps"])
+        torch._foreach_reciprocal_(directions)
+        torch._foreach_mul_(directions, averages)
+        if group["weight_decay"]:
+            torch._foreach_add_(directions, weights, alpha=group["weight_decay"])
+        torch._foreach_add_(weights, directions, alpha=-group["lr"])
+
+
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return a module's parameters in two groups: matrices and kernels with weight decay, biases and norms without.
 

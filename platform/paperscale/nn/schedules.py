@@ -30,6 +30,11 @@ def cosine(total_steps: int, warmup_steps: int = 0, least: float = 0.0) -> Facto
     return factor
 
 
+def polynomial(total_steps: int, power: float = 1.0) -> Factor:
+    """Return a polynomial decay from 1 at step 0 to 0 at the end (Devlin et al. 2019, A.2: power 1; LAMB: 0.5)."""
+    return lambda step: max(0.0, 1 - step / max(total_steps, 1)) ** power
+
+
 def warmed_up(after: Factor, warmup_steps: int, start: float | None = None) -> Factor:
     """Return a schedule that begins with a warm-up.
 

@@ -272,8 +272,13 @@ class Passes:
                 return fake.from_tensor(tensor)
             return torch.empty_strided((samples, *tensor.shape[1:]), tensor.stride(), dtype=tensor.dtype)
 
+        full = stream.full_batch(self.samples if samples is None else samples)
         with fake:
-            batch: Batch = stream.on_after_batch_transfer(tree_map_only(Tensor, resized, self._batch), 0)
+            if full is None:
+                known = tree_map_only(Tensor, resized, self._batch)
+            else:
+                known = tree_map_only(Tensor, fake.from_tensor, {**full, "cursor": self._batch["cursor"]})
+            batch: Batch = stream.on_after_batch_transfer(known, 0)
         return batch
 
     def _activation_bytes(self, precision: str, samples: int) -> int:

@@ -162,7 +162,9 @@ class RecipeCLI(LightningCLI):
 
     def resolved(self) -> str:
         """Return the whole configuration as YAML."""
-        return self.parser.dump(self.config, skip_link_targets=False)
+        return self.parser.dump(
+            self.config, skip_none=False, skip_link_targets=False
+        )  # null may be another than the default
 
 
 def built_on_meta(args: list[str]) -> RecipeCLI:

@@ -64,14 +64,18 @@ def write_texts(job: Job, splits: Mapping[str, Sequence[tuple[Sequence[str], int
 
 def write_enwik8(job: Job) -> None:
     """Write the first 10^8 bytes of Wikipedia: 90, 5 and 5 million bytes (Al-Rfou et al. 2019, section 3)."""
-    content = job.fetch(job.dataset.downloads[0])["enwik8"]
-    n = len(content) // 100
-    parts = {"train": content[: 90 * n], "val": content[90 * n : 95 * n], "test": content[95 * n :]}
-    pages = {split: _pages(part) for split, part in parts.items()}
+    pages = enwik8_splits(job.fetch(job.dataset.downloads[0])["enwik8"])
     file = job.tokenizer(evenly([page.decode(errors="replace") for page in pages["train"]]))
     job.note(documents="a document is a page of the dump; one after the other they are the file, to the byte")
     for split, found in pages.items():
         write_documents(job, split, found, partial(encode_page, file=file), file)
+
+
+def enwik8_splits(content: bytes) -> dict[str, list[bytes]]:
+    """Return the pages of each split of enwik8."""
+    n = len(content) // 100
+    parts = {"train": content[: 90 * n], "val": content[90 * n : 95 * n], "test": content[95 * n :]}
+    return {split: _pages(part) for split, part in parts.items()}
 
 
 def _pages(content: bytes) -> list[bytes]:

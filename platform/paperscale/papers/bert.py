@@ -1,0 +1,387 @@
+"""BERT: Devlin, Chang, Lee, Toutanova 2019, https://arxiv.org/abs/1810.04805.
+
+============================================  ====================================================================
+In the paper                                  Here
+============================================  ====================================================================
+BERT-base, BERT-large (section 3)             ``Bert(size="base")``, ``"large"``; ``SIZES`` has those of the smaller
+                                              models that were published later
+input representation (figure 2)               ``Embeddings``: token + segment + position, then layer norm and dropout
+Transformer encoder (Vaswani et al. 2017)     ``Layer``: post-norm, GELU
+[CLS], C                                      ``Pooler``: tanh layer over a sequence's first token
+masked LM (section 3.1, task 1)               ``PretrainingHeads.places``, only where something is masked
+next sentence prediction (task 2)             ``PretrainingHeads.pair``, 1 where B is not the next
+pre-training (section 3.1, A.2)               ``BertPretraining``; the data: :mod:`paperscale.data.pairs`
+fine-tuning (section 4, figure 4)             ``BertClassifier`` and what follows it
+left-to-right, LTR (section 5.1)              ``Bert(causal=True)`` with ``data.objective=left-to-right``
+============================================  ====================================================================
+
+Departures, and why:
+
+- Sequences are packed, not padded: a batch is the T tokens of N sequences, one after the other, and none sees another.
+  Every number is that of the padded computation; what is saved is the padding.
+- The loss of a batch is the mean over its sequences of the mean over a sequence's masked tokens; the original takes the
+  mean over all masked tokens of a batch. For sequences of one length it is the same, and this one does not depend on
+  how a global batch is divided over processes.
+- A span of text is a sample, its pairing and masking are drawn anew in each epoch; of a pair whose B is random, the
+  original puts the unused rest of the span back (``data.duplicates=10`` repeats ten of them, as it does).
+- AdamW corrects the bias of its averages; ``optimizer=bert_adam`` is the original's without (SPECS: it makes the
+  fine-tuning of small sets unstable).
+
+Shapes: T tokens of N sequences, H the hidden size, V the vocabulary, M masked tokens, K classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from paperscale.errors import UserError, nearest
+from paperscale.nn.attention import Layout
+from paperscale.nn.losses import Entropies
+from paperscale.nn.optimizers import BertAdam, Lamb, decay_groups
+from paperscale.nn.schedules import polynomial, scheduled, warmed_up
+from paperscale.nn.transformer import Perplexity, SelfAttention, Vocabulary, truncated_normal
+
+# -- section 3: the model -----------------------------------------------------------------------------------
+
+
+class Size(NamedTuple):
+    """L, H and A of section 3."""
+
+    layers: int
+    hidden: int
+    heads: int
+
+
+SIZES = {
+    "tiny": Size(2, 128, 2),
+    "mini": Size(4, 256, 4),
+    "small": Size(4, 512, 8),
+    "medium": Size(8, 512, 8),
+    "base": Size(12, 768, 12),
+    "large": Size(24, 1024, 16),
+}
+"""Base and large of the paper; the smaller ones of Turc et al. 2019, https://arxiv.org/abs/1908.08962."""
+EPS = 1e-12
+"""Of layer norms, as in the original code."""
+
+
+class Embeddings(nn.Module):
+    """The sum of token, segment and position embeddings (figure 2), normalised.
+
+    Args:
+        vocab_size: V.
+        hidden: H.
+        positions: tokens of a sequence at most.
+        dropout: of the sum.
+    """
+
+    def __init__(self, vocab_size: int, hidden: int, positions: int, dropout: float):
+        super().__init__()
+        self.token = nn.Embedding(vocab_size, hidden)
+        self.segment = nn.Embedding(2, hidden)
+        self.position = nn.Embedding(positions, hidden)
+        self.norm = nn.LayerNorm(hidden, EPS)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, token_T: Tensor, segment_T: Tensor, position_T: Tensor) -> Tensor:
+        """Return E, shape [T, H]."""
+        sum_TH = self.token(token_T) + self.segment(segment_T) + self.position(position_T)
+        return self.dropout(self.norm(sum_TH))
+
+
+class Layer(nn.Module):
+    """A layer of the encoder: self-attention and a feed-forward network, each added to its input and normalised.
+
+    Args:
+        hidden: H.
+        heads: A.
+        inner: width of the feed-forward network.
+        dropout: of both outputs.
+        attention_dropout: of the attention's probabilities.
+        causal: whether a token sees those before it and itself alone.
+    """
+
+    def __init__(
+        self, hidden: int, heads: int, inner: int, dropout: float, attention_dropout: float, causal: bool = False
+    ):
+        super().__init__()
+        self.attention = SelfAttention(hidden, heads, attention_dropout, causal)
+        self.attention_norm = nn.LayerNorm(hidden, EPS)
+        self.inner = nn.Linear(hidden, inner)
+        self.outer = nn.Linear(inner, hidden)
+        self.norm = nn.LayerNorm(hidden, EPS)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_TH: Tensor, layout: Layout) -> Tensor:
+        """Return the layer's output, shape [T, H]."""
+        x_TH = self.attention_norm(x_TH + self.dropout(self.attention(x_TH, layout)))
+        inner_TF = F.gelu(self.inner(x_TH))  # x Phi(x), with the error function
+        return self.norm(x_TH + self.dropout(self.outer(inner_TF)))
+
+
+class Bert(nn.Module):
+    """The encoder.
+
+    Args:
+        size: one of :data:`SIZES`.
+        vocab_size: V; 30,522 in the uncased models, 28,996 in the cased.
+        layers: L, by default the size's.
+        hidden: H, by default the size's.
+        heads: A, by default the size's.
+        positions: tokens of a sequence at most.
+        dropout: of embeddings and outputs.
+        attention_dropout: of the attention's probabilities.
+        causal: a token sees those before it and itself alone (section 5.1, LTR).
+
+    Raises:
+        UserError: there is no such size.
+    """
+
+    def __init__(
+        self,
+        size: str = "base",
+        vocab_size: int = 30522,
+        layers: int | None = None,
+        hidden: int | None = None,
+        heads: int | None = None,
+        positions: int = 512,
+        dropout: float = 0.1,
+        attention_dropout: float = 0.1,
+        causal: bool = False,
+    ):
+        super().__init__()
+        if size not in SIZES:
+            raise UserError(f"network.size={size}: there are {', '.join(SIZES)}{nearest(size, SIZES)}")
+        given = {"layers": layers, "hidden": hidden, "heads": heads}
+        of = SIZES[size]._replace(**{name: value for name, value in given.items() if value is not None})
+        self.size, self.vocab_size, self.hidden, self.positions = of, vocab_size, of.hidden, positions
+        self.dropout, self.attention_dropout, self.causal = dropout, attention_dropout, causal
+        self.embeddings = Embeddings(vocab_size, of.hidden, positions, dropout)
+        self.layers = nn.ModuleList(
+            Layer(of.hidden, of.heads, 4 * of.hidden, dropout, attention_dropout, causal) for _ in range(of.layers)
+        )
+        truncated_normal(self, 0.02)
+
+    def forward(self, batch: dict[str, Any], layout: Layout) -> Tensor:
+        """Return the last layer's output of each token, shape [T, H].
+
+        Args:
+            batch: packed sequences, see :mod:`paperscale.data.packing`.
+            layout: where they lie.
+        """
+        return self.every_layer(batch, layout)[-1]
+
+    def every_layer(self, batch: dict[str, Any], layout: Layout) -> list[Tensor]:
+        """Return the embeddings and each layer's output, L + 1 of shape [T, H]."""
+        if layout.longest > self.positions:
+            raise UserError(
+                f"a sequence of {layout.longest} tokens, and network.positions={self.positions}: shorten data.length, or "
+                "raise network.positions"
+            )
+        outputs = [self.embeddings(batch["tokens"], batch["segment"], batch["position"])]
+        for layer in self.layers:
+            outputs.append(layer(outputs[-1], layout))
+        return outputs
+
+
+class Pooler(nn.Module):
+    """C: a tanh layer over the first token of each sequence (of a left-to-right network, over the last).
+
+    Args:
+        hidden: H.
+        causal: of the encoder.
+    """
+
+    def __init__(self, hidden: int, causal: bool = False):
+        super().__init__()
+        self.dense, self.causal = nn.Linear(hidden, hidden), causal
+        truncated_normal(self, 0.02)
+
+    def forward(self, hidden_TH: Tensor, layout: Layout) -> Tensor:
+        """Return C of each sequence, shape [N, H]."""
+        return torch.tanh(self.dense(hidden_TH[layout.last if self.causal else layout.first]))
+
+
+# -- section 3.1: pre-training ------------------------------------------------------------------------------
+
+
+class PretrainingHeads(nn.Module):
+    """The encoder with what its pre-training tasks need.
+
+    Args:
+        bert: the encoder.
+        pairs: whether there is next sentence prediction.
+    """
+
+    def __init__(self, bert: Bert, pairs: bool = True):
+        super().__init__()
+        self.bert = bert
+        self.transform, self.norm = nn.Linear(bert.hidden, bert.hidden), nn.LayerNorm(bert.hidden, EPS)
+        truncated_normal(self.transform, 0.02)
+        self.places = Vocabulary(bert.embeddings.token)
+        self.pooler = Pooler(bert.hidden, bert.causal) if pairs else None
+        self.pair = nn.Linear(bert.hidden, 2) if pairs else None
+        if self.pair is not None:
+            truncated_normal(self.pair, 0.02)
+
+    def forward(self, batch: dict[str, Any]) -> tuple[Entropies, Tensor | None]:
+        """Return the cross-entropies at the masked places, and whether B follows A: logits [N, 2]."""
+        layout = Layout(batch["lengths"], batch["offsets"])
+        hidden_TH = self.bert(batch, layout)
+        return self.places(self.transformed(hidden_TH[batch["places"]]), batch["targets"], batch["share"]), (
+            None if self.pair is None or self.pooler is None else self.pair(self.pooler(hidden_TH, layout))
+        )
+
+    def transformed(self, hidden_MH: Tensor) -> Tensor:
+        """Return what the output layer sees: dense, GELU, layer norm."""
+        return self.norm(F.gelu(self.transform(hidden_MH)))
+
+    def logits(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Return the logits of every token [T, V], and of the pairs [N, 2]."""
+        layout = Layout(batch["lengths"], batch["offsets"])
+        hidden_TH = self.bert(batch, layout)
+        pairs = None if self.pair is None or self.pooler is None else self.pair(self.pooler(hidden_TH, layout))
+        return self.places(self.transformed(hidden_TH)), pairs
+
+
+class BertModule(LightningModule):
+    """What pre-training and fine-tuning share: the optimizer and its schedule.
+
+    Args:
+        lr: the highest learning rate.
+        optimizer: ``adamw``; ``bert_adam``, without bias correction as in the original code; ``lamb`` for large batches.
+        betas: of the averages.
+        eps: of the denominator.
+        weight_decay: of matrices; biases and layer norms have none.
+        warmup: steps until ``lr`` is reached; below 1, a share of the training.
+        power: of the decay to 0 over the training: 1 is linear.
+    """
+
+    def __init__(
+        self,
+        lr: float = 1e-4,
+        optimizer: Literal["adamw", "bert_adam", "lamb"] = "adamw",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        warmup: float = 10_000,
+        power: float = 1.0,
+    ):
+        super().__init__()
+        if warmup < 0:
+            raise UserError(f"model.warmup={warmup}: give a number of steps, or a share of the training below 1")
+        self.lr, self.optimizer_name, self.betas, self.eps = lr, optimizer, betas, eps
+        self.weight_decay, self.warmup, self.power = weight_decay, warmup, power
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return the optimizer and its schedule (A.2): linear warm-up, then decay."""
+        groups: Any = decay_groups(self, self.weight_decay)
+        options: dict[str, Any] = {"lr": self.lr, "betas": tuple(self.betas), "eps": self.eps}
+        if self.optimizer_name == "adamw":
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, **options)
+        elif self.optimizer_name == "lamb":
+            optimizer = Lamb(groups, weight_decay=self.weight_decay, **options)
+        else:
+            optimizer = BertAdam(groups, **options)
+        steps = int(self.trainer.estimated_stepping_batches)
+        warmup = int(self.warmup * steps) if self.warmup < 1 else int(self.warmup)
+        return scheduled(optimizer, warmed_up(polynomial(steps, self.power), warmup))  # type: ignore[return-value]
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Refuse data whose tokens the network has no embeddings for.
+
+        Raises:
+            UserError: names both sizes.
+        """
+        tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+        if tokenizer is not None and (size := tokenizer().vocab_size) > vocab_size:
+            raise UserError(
+                f"the tokenizer at {self.trainer.datamodule.paths[0]} has {size} tokens, and "  # type: ignore[attr-defined]
+                f"model.network.vocab_size={vocab_size}: set model.network.vocab_size={size}"
+            )
+
+
+class BertPretraining(BertModule):
+    """Masked LM and next sentence prediction: the loss is the sum of their means (A.2).
+
+    Args:
+        network: the encoder.
+        pairs: whether there is next sentence prediction; ``False`` with ``data.next_sentence=none``.
+        optimizer: the further arguments of :class:`BertModule`.
+    """
+
+    def __init__(self, network: Bert, pairs: bool = True, **optimizer: Any):
+        super().__init__(**optimizer)
+        self.network = PretrainingHeads(network, pairs)
+        for stage in ("val", "test"):
+            setattr(self, f"{stage}_mlm_loss", MeanMetric())
+            setattr(self, f"{stage}_perplexity", Perplexity())
+            setattr(self, f"{stage}_mlm_accuracy", MeanMetric())
+            if pairs:
+                setattr(self, f"{stage}_nsp_accuracy", MeanMetric())
+
+    def setup(self, stage: str) -> None:
+        """Refuse data that does not fit the network.
+
+        Raises:
+            UserError: it has pairs and the network no head for them, or the other way round; or a network that sees
+                what follows is to predict it.
+        """
+        self.check_vocabulary(self.network.bert.vocab_size)
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        has_pairs = getattr(data, "next_sentence", "random") != "none"
+        if has_pairs != (self.network.pair is not None):
+            raise UserError(
+                f"model.pairs={self.network.pair is not None} and data.next_sentence={data.next_sentence}: set "
+                f"model.pairs={str(has_pairs).lower()}"
+            )
+        left_to_right = getattr(data, "objective", "masked") == "left-to-right"
+        if left_to_right != self.network.bert.causal:
+            raise UserError(
+                f"data.objective={data.objective} and model.network.causal={self.network.bert.causal}: set "
+                f"model.network.causal={str(left_to_right).lower()}"
+            )
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Return the loss of one micro-batch."""
+        sequences = len(batch["lengths"])
+        places, pair_N2 = self.network(batch)
+        loss = mlm = places.loss / sequences
+        self.log("train/mlm_accuracy", places.hit_M.float().mean())
+        if pair_N2 is not None:
+            nsp = F.cross_entropy(pair_N2.float(), batch["label"])
+            loss = mlm + nsp
+            self.log("train/nsp_loss", nsp.detach())
+        self.log("train/mlm_loss", mlm.detach())
+        self.log("train/loss", loss.detach())
+        return loss
+
+    def _evaluate(self, batch: dict[str, Any], stage: str) -> None:
+        """Score one batch: the means are over all masked tokens, and over all pairs."""
+        sequences = len(batch["lengths"])
+        places, pair_N2 = self.network(batch)
+        loss = places.loss / sequences
+        found = {"mlm_loss": places.entropy_M, "perplexity": places.entropy_M, "mlm_accuracy": places.hit_M.float()}
+        if pair_N2 is not None:
+            loss = loss + F.cross_entropy(pair_N2.float(), batch["label"])
+            found["nsp_accuracy"] = (pair_N2.argmax(1) == batch["label"]).float()
+        for name, values in found.items():
+            metric = getattr(self, f"{stage}_{name}")
+            metric.update(values)
+            self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, batch_size=sequences)
+        self.log(f"{stage}/loss", loss, on_epoch=True, batch_size=sequences)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Score one batch of the validation split."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Score one batch of the test split."""
+        self._evaluate(batch, "test")
