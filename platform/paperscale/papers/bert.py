@@ -190,6 +190,24 @@ class Bert(nn.Module):
             outputs.append(layer(outputs[-1], layout))
         return outputs
 
+    def huggingface_config(self) -> dict[str, Any]:
+        """Return the content of ``config.json`` for transformers' BERT."""
+        return {
+            "model_type": "bert",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.size.hidden,
+            "num_hidden_layers": self.size.layers,
+            "num_attention_heads": self.size.heads,
+            "intermediate_size": 4 * self.size.hidden,
+            "hidden_act": "gelu",
+            "hidden_dropout_prob": self.dropout,
+            "attention_probs_dropout_prob": self.attention_dropout,
+            "max_position_embeddings": self.positions,
+            "type_vocab_size": 2,
+            "layer_norm_eps": EPS,
+            "is_decoder": self.causal,  # which there means causal
+        }
+
 
 class Pooler(nn.Module):
     """C: a tanh layer over the first token of each sequence (of a left-to-right network, over the last).
@@ -251,6 +269,48 @@ class PretrainingHeads(nn.Module):
         return self.places(self.transformed(hidden_TH)), pairs
 
 
+_HUGGINGFACE = {
+    "bert.embeddings.token": "bert.embeddings.word_embeddings",
+    "bert.embeddings.segment": "bert.embeddings.token_type_embeddings",
+    "bert.embeddings.position": "bert.embeddings.position_embeddings",
+    "bert.embeddings.norm": "bert.embeddings.LayerNorm",
+    "pooler.dense": "bert.pooler.dense",
+    "transform": "cls.predictions.transform.dense",
+    "norm": "cls.predictions.transform.LayerNorm",
+    "places": "cls.predictions",
+    "pair": "cls.seq_relationship",
+}
+"""Parts of a network with an encoder to what transformers calls them."""
+_HUGGINGFACE_LAYER = {
+    "attention.query": "attention.self.query",
+    "attention.key": "attention.self.key",
+    "attention.value": "attention.self.value",
+    "attention.output": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "inner": "intermediate.dense",
+    "outer": "output.dense",
+    "norm": "output.LayerNorm",
+}
+"""Parts of a :class:`Layer`."""
+
+
+def huggingface_names(network: nn.Module) -> dict[str, str]:
+    """Return the names of a network's parameters to those of transformers' BERT; what it does not have is left out.
+
+    Args:
+        network: has the encoder as its ``bert``.
+    """
+    names = {}
+    for name, _ in network.named_parameters():
+        part, _, kind = name.rpartition(".")
+        if part.startswith("bert.layers."):
+            _, _, number, inside = part.split(".", 3)
+            names[name] = f"bert.encoder.layer.{number}.{_HUGGINGFACE_LAYER[inside]}.{kind}"
+        elif part in _HUGGINGFACE:
+            names[name] = f"{_HUGGINGFACE[part]}.{kind}"
+    return names
+
+
 class BertModule(LightningModule):
     """What pre-training and fine-tuning share: the optimizer and its schedule.
 
@@ -293,6 +353,19 @@ class BertModule(LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         warmup = int(self.warmup * steps) if self.warmup < 1 else int(self.warmup)
         return scheduled(optimizer, warmed_up(polynomial(steps, self.power), warmup))  # type: ignore[return-value]
+
+    def export_names(self, format: str) -> dict[str, str]:
+        """Return this module's names to those of another library's network, empty where there is none.
+
+        Raises:
+            UserError: the library has such networks, but none that computes the same.
+        """
+        network: Any = self.network
+        if format != "huggingface" or not isinstance(getattr(network, "bert", None), Bert):
+            return {}
+        if network.bert.causal and isinstance(getattr(network, "pooler", None), Pooler):
+            raise UserError("transformers' BERT pools the first token, a network with model.network.causal=true the last")
+        return {f"network.{name}": other for name, other in huggingface_names(network).items()}
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuse data whose tokens the network has no embeddings for.
@@ -348,6 +421,15 @@ class BertPretraining(BertModule):
                 f"data.objective={data.objective} and model.network.causal={self.network.bert.causal}: set "
                 f"model.network.causal={str(left_to_right).lower()}"
             )
+
+    def export_config(self, format: str) -> dict[str, Any]:
+        """Return the content of ``config.json``, with the class of transformers' that has these heads."""
+        bert = self.network.bert
+        without = "BertLMHeadModel" if bert.causal else "BertForMaskedLM"
+        return {
+            "architectures": [without if self.network.pair is None else "BertForPreTraining"],
+            **bert.huggingface_config(),
+        }
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the loss of one micro-batch."""
