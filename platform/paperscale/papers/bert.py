@@ -364,7 +364,7 @@ class BertModule(LightningModule):
         if format != "huggingface" or not isinstance(getattr(network, "bert", None), Bert):
             return {}
         if network.bert.causal and isinstance(getattr(network, "pooler", None), Pooler):
-            raise UserError("transformers' BERT pools the first token, a network with model.network.causal=true the last")
+            raise UserError("transformers' BERT pools the first token, with model.network.causal=true it is the last")
         return {f"network.{name}": other for name, other in huggingface_names(network).items()}
 
     def check_vocabulary(self, vocab_size: int) -> None:
