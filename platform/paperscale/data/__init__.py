@@ -10,12 +10,15 @@ if TYPE_CHECKING:
     from paperscale.data.images import ImageShards
     from paperscale.data.pairs import SegmentPairs
     from paperscale.data.stream import ShardStream
+    from paperscale.data.tasks import Choices, LabelledText
     from paperscale.data.text import TokenBlocks, TokenDocuments
     from paperscale.data.webdataset import WebDatasetStream
     from paperscale.data.writer import ShardWriter
 
 __all__ = [
+    "Choices",
     "ImageShards",
+    "LabelledText",
     "SegmentPairs",
     "ShardStream",
     "ShardWriter",
@@ -25,7 +28,9 @@ __all__ = [
 ]
 
 _HOME = {
+    "Choices": "tasks",
     "ImageShards": "images",
+    "LabelledText": "tasks",
     "SegmentPairs": "pairs",
     "ShardStream": "stream",
     "ShardWriter": "writer",

@@ -8,7 +8,8 @@ A packed batch of N sequences with T tokens together is a dictionary of::
     offsets   int32 [N + 1], where each sequence begins, and where the last ends
     lengths   the tokens of each sequence, as a list on the host
 
-A sample has one sequence or more: a question about a long passage has one for each window, a choice one for each answer.
+A sample has one sequence or more: a question about a long passage has one for each window, a choice one for each
+ending.
 """
 
 from __future__ import annotations

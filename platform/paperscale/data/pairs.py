@@ -23,12 +23,11 @@ from numpy.typing import NDArray
 from paperscale.data.absent import SAMPLES, AbsentSet
 from paperscale.data.faults import SampleFault, Skipped
 from paperscale.data.masking import Masking, Vocabulary, mask
-from paperscale.data.packing import Example, PackedStream, Rows, framed, pack
+from paperscale.data.packing import Example, PackedStream, Rows, framed
 from paperscale.data.random import uniform
 from paperscale.data.shards import ShardSet
 from paperscale.data.spans import Span, Spans
 from paperscale.data.stream import Batch, Places, Source, at_least
-from paperscale.data.tokenizer import Tokenizer
 from paperscale.errors import UserError, nearest
 
 NEXT_SENTENCE = ("random", "order", "none")

@@ -39,7 +39,8 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, PearsonCorrCoef, SpearmanCorrCoef
+from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassMatthewsCorrCoef
 
 from paperscale.errors import UserError, nearest
 from paperscale.nn.attention import Layout
@@ -182,8 +183,8 @@ class Bert(nn.Module):
         """Return the embeddings and each layer's output, L + 1 of shape [T, H]."""
         if layout.longest > self.positions:
             raise UserError(
-                f"a sequence of {layout.longest} tokens, and network.positions={self.positions}: shorten data.length, or "
-                "raise network.positions"
+                f"a sequence of {layout.longest} tokens, and network.positions={self.positions}: shorten data.length, "
+                "or raise network.positions"
             )
         outputs = [self.embeddings(batch["tokens"], batch["segment"], batch["position"])]
         for layer in self.layers:
@@ -316,7 +317,8 @@ class BertModule(LightningModule):
 
     Args:
         lr: the highest learning rate.
-        optimizer: ``adamw``; ``bert_adam``, without bias correction as in the original code; ``lamb`` for large batches.
+        optimizer: ``adamw``; ``bert_adam``, without bias correction as in the original code; ``lamb`` for large
+            batches.
         betas: of the averages.
         eps: of the denominator.
         weight_decay: of matrices; biases and layer norms have none.
@@ -467,3 +469,176 @@ class BertPretraining(BertModule):
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Score one batch of the test split."""
         self._evaluate(batch, "test")
+
+
+# -- section 4: fine-tuning ---------------------------------------------------------------------------------
+
+
+class SequenceClassifier(nn.Module):
+    """The encoder with a layer over C (figure 4, a and b).
+
+    Args:
+        bert: the encoder.
+        outputs: K; 1 for a score.
+        dropout: of C.
+        bilstm: put a BiLSTM on the encoder, and the layer over its last states in place of C (section 5.1).
+    """
+
+    def __init__(self, bert: Bert, outputs: int, dropout: float = 0.1, bilstm: bool = False):
+        super().__init__()
+        self.bert = bert
+        self.pooler = BiLstm(bert.hidden) if bilstm else Pooler(bert.hidden, bert.causal)
+        self.dropout = nn.Dropout(dropout)
+        self.output = nn.Linear(bert.hidden, outputs)
+        truncated_normal(self.output, 0.02)
+
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        """Return the outputs of each sequence, shape [N, K]."""
+        layout = Layout(batch["lengths"], batch["offsets"])
+        return self.output(self.dropout(self.pooler(self.bert(batch, layout), layout)))
+
+
+class BiLstm(nn.Module):
+    """A randomly initialised BiLSTM over the encoder's output (section 5.1): its last states stand for the sequence.
+
+    Args:
+        hidden: H; each direction has half of it.
+    """
+
+    def __init__(self, hidden: int):
+        super().__init__()
+        self.lstm = nn.LSTM(hidden, hidden // 2, batch_first=True, bidirectional=True)
+
+    def forward(self, hidden_TH: Tensor, layout: Layout) -> Tensor:
+        """Return both directions' last states, shape [N, H]."""
+        packed = nn.utils.rnn.pack_sequence(hidden_TH.split(layout.lengths), enforce_sorted=False)
+        _, (last_2NH, _) = self.lstm(packed)
+        return torch.cat([last_2NH[0], last_2NH[1]], dim=1)
+
+
+_METRICS: dict[str, Any] = {
+    "accuracy": lambda classes: MulticlassAccuracy(classes, average="micro"),
+    "f1": lambda classes: BinaryF1Score(),
+    "matthews": lambda classes: MulticlassMatthewsCorrCoef(classes),
+    "pearson": lambda classes: PearsonCorrCoef(),
+    "spearman": lambda classes: SpearmanCorrCoef(),
+}
+"""Metrics of GLUE (Wang et al. 2019, table 1): F1 for MRPC and QQP, Matthews for CoLA, correlations for STS-B."""
+
+
+class BertClassifier(BertModule):
+    """Classes or scores of sentences and pairs: cross-entropy, or the squared error of one score.
+
+    Args:
+        network: the encoder; its weights come by ``init_from``.
+        classes: K; 1 for a score.
+        metrics: of ``accuracy``, ``f1``, ``matthews``, ``pearson`` and ``spearman``.
+        dropout: of C.
+        bilstm: put a BiLSTM on the encoder (section 5.1).
+        optimizer: the further arguments of :class:`BertModule`.
+
+    Raises:
+        UserError: a metric is unknown, or is not one of classes, or of scores.
+    """
+
+    def __init__(
+        self,
+        network: Bert,
+        classes: int = 2,
+        metrics: list[str] | None = None,
+        dropout: float = 0.1,
+        bilstm: bool = False,
+        **optimizer: Any,
+    ):
+        super().__init__(**optimizer)
+        scores = classes == 1
+        self.classes, self.metrics = classes, metrics or (["pearson", "spearman"] if scores else ["accuracy"])
+        for name in self.metrics:
+            if name not in _METRICS:
+                raise UserError(f"model.metrics: '{name}'; there are {', '.join(_METRICS)}{nearest(name, _METRICS)}")
+            if scores != (name in ("pearson", "spearman")):
+                kind = "scores, and there are classes" if not scores else "classes, and model.classes=1 means scores"
+                raise UserError(f"model.metrics: {name} is a metric of {kind}; choose another")
+        self.network = self.with_head(network, dropout, bilstm)
+        for stage in ("val", "test"):
+            for name in self.metrics:
+                setattr(self, f"{stage}_{name}", _METRICS[name](classes))
+
+    def with_head(self, bert: Bert, dropout: float, bilstm: bool) -> nn.Module:
+        """Return the encoder with the task's layer."""
+        return SequenceClassifier(bert, self.classes, dropout, bilstm)
+
+    def setup(self, stage: str) -> None:
+        """Refuse tokens that the network has no embeddings for."""
+        self.check_vocabulary(self.network.bert.vocab_size)
+
+    def loss(self, output_NK: Tensor, label_N: Tensor) -> Tensor:
+        """Return the mean cross-entropy, or squared error."""
+        if self.classes == 1:
+            return F.mse_loss(output_NK[:, 0].float(), label_N.float())
+        return F.cross_entropy(output_NK.float(), label_N)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Return the loss of one micro-batch."""
+        loss = self.loss(self.network(batch), batch["label"])
+        self.log("train/loss", loss.detach())
+        return loss
+
+    def _evaluate(self, batch: dict[str, Any], stage: str) -> None:
+        output_NK, label_N = self.network(batch), batch["label"]
+        size = len(label_N)
+        self.log(f"{stage}/loss", self.loss(output_NK, label_N), on_epoch=True, batch_size=size)
+        found = output_NK[:, 0].float() if self.classes == 1 else output_NK.argmax(dim=1)
+        for name in self.metrics:
+            metric = getattr(self, f"{stage}_{name}")
+            metric.update(found, label_N.float() if self.classes == 1 else label_N)
+            self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, batch_size=size)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Score one batch of the validation split."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Score one batch of the test split."""
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Return the most likely class, or the score, of each sample."""
+        output_NK = self.network(batch)
+        return output_NK[:, 0].float() if self.classes == 1 else output_NK.argmax(dim=1)
+
+
+class BertChoice(BertClassifier):
+    """Which of C endings follows a context (section 4.4): a vector over C of each pair gives its score.
+
+    Args:
+        network: the encoder.
+        choices: C.
+        dropout: of C.
+        optimizer: the further arguments of :class:`BertModule`.
+    """
+
+    def __init__(self, network: Bert, choices: int = 4, dropout: float = 0.1, **optimizer: Any):
+        super().__init__(network, choices, dropout=dropout, **optimizer)
+
+    def with_head(self, bert: Bert, dropout: float, bilstm: bool) -> nn.Module:
+        """Return the encoder with the task's layer."""
+        return PairScores(bert, self.classes, dropout)
+
+
+class PairScores(SequenceClassifier):
+    """A score of each sequence, those of one sample beside each other.
+
+    Args:
+        bert: the encoder.
+        choices: C.
+        dropout: of the first token's output.
+    """
+
+    def __init__(self, bert: Bert, choices: int, dropout: float = 0.1):
+        super().__init__(bert, 1, dropout)
+        self.choices = choices
+
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        """Return the scores, shape [N / C, C]."""
+        return super().forward(batch).view(-1, self.choices)
