@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import multiprocessing
 import os
 from collections import Counter
@@ -44,6 +45,15 @@ _ROLES = {
     "end": ("[SEP]", "</s>", "<|endoftext|>", "<eos>"),
     "mask": ("[MASK]", "<mask>"),
 }
+_UNFRAMED = {
+    "pad": "pad_token",
+    "unknown": "unk_token",
+    "begin": "bos_token",
+    "end": "eos_token",
+    "mask": "mask_token",
+}
+_FRAMED = {**_UNFRAMED, "begin": "cls_token", "end": "sep_token"}
+"""What transformers calls the roles."""
 ALL_WORDS = 1 << 31
 """A vocabulary size that leaves no word out."""
 
@@ -103,6 +113,33 @@ class Tokenizer:
     def to_json(self) -> str:
         """Return the content of its ``tokenizer.json``."""
         return _bytes() if self.is_bytes else self._tokenizer.to_str(pretty=False)
+
+    def huggingface_files(self, longest: int | None = None) -> dict[str, str]:
+        """Return the files that transformers' ``AutoTokenizer`` reads: their names and contents.
+
+        With ``[CLS]`` and ``[SEP]`` they are put around a text or a pair there, as BERT wants them.
+
+        Args:
+            longest: tokens that the model takes at most.
+        """
+        import tokenizers
+
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        if longest is not None:
+            config["model_max_length"] = longest
+        definition = tokenizers.Tokenizer.from_str(self.to_json())
+        framed = {"[CLS]", "[SEP]"} <= self.special.keys()
+        if framed:
+            config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+        if framed and definition.post_processor is None:
+            definition.post_processor = tokenizers.processors.TemplateProcessing(
+                single="[CLS] $A [SEP]",
+                pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+                special_tokens=[(token, self.special[token]) for token in ("[CLS]", "[SEP]")],
+            )
+        for role, key in (_FRAMED if framed else _UNFRAMED).items():
+            config |= {key: token for token in _ROLES[role][::-1] if token in self.special}
+        return {FILE: definition.to_str(), "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of each text; special tokens are not added."""
