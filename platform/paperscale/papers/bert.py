@@ -369,6 +369,11 @@ class BertModule(LightningModule):
             raise UserError("transformers' BERT pools the first token, with model.network.causal=true it is the last")
         return {f"network.{name}": other for name, other in huggingface_names(network).items()}
 
+    def export_config(self, format: str) -> dict[str, Any]:
+        """Return the content of ``config.json``, for the encoder alone."""
+        network: Any = self.network
+        return {"architectures": ["BertModel"], **network.bert.huggingface_config()}
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuse data whose tokens the network has no embeddings for.
 
