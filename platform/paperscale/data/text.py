@@ -6,6 +6,8 @@
     targets   the token that follows; -100 after a document's last (with ``next_token``)
     segment   0, 1, 2...: which of the row's documents a token belongs to, for block-diagonal attention
     position  0, 1, 2...: its place in that document, counted from the row's first token of it
+    offsets   int32 [documents + 1], with ``segment``: where each of them begins in the batch, and where the last ends
+    lengths   the tokens of each of them, as a list on the host
 
 ``TokenDocuments`` gives for each field, for example ``source`` and ``target``::
 
@@ -63,6 +65,11 @@ class TokenStream(ShardStream):
             )
         return source
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Return whether there is a tokenizer beside the shards."""
+        return TOKENIZER in self.shards("train").manifest.files
+
     def tokenizer(self) -> Tokenizer:
         """Return the sets' tokenizer.
 
@@ -97,7 +104,7 @@ class TokenBlocks(TokenStream):
         global_batch_size: blocks of one optimizer step over all ranks.
         length: tokens of a block.
         next_token: add ``targets``.
-        segments: add ``segment`` and ``position``.
+        segments: add ``segment``, ``position``, ``offsets`` and ``lengths``.
         window: blocks shuffled together; by default 65,536, or as many as hold 33 million tokens.
         num_threads: threads that read; 0, the default, reads in the training thread: handing blocks to another costs
             more than reading them.
@@ -161,6 +168,15 @@ class TokenBlocks(TokenStream):
             batch["tokens"][row], batch["targets"][row] = block[:-1], block[1:]
         if self.segments:
             self._mark(tokens.boundaries(shard, start, self.length), batch, row)
+
+    def assembled(self, batch: Batch, kept: torch.Tensor | None) -> Batch:
+        """Return the batch, with where its documents lie."""
+        batch = super().assembled(batch, kept)
+        if not self.segments:
+            return batch
+        begins = np.flatnonzero(batch["position"].numpy().ravel() == 0)
+        offsets = np.append(begins, batch["position"].numel())
+        return {**batch, "offsets": torch.from_numpy(offsets.astype(np.int32)), "lengths": np.diff(offsets).tolist()}
 
     def _mark(self, ends: NDArray[np.int64], batch: dict[str, NDArray[np.int64]], row: int) -> None:
         """Number the documents of a row, and the places in each."""

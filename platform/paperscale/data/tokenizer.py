@@ -160,6 +160,20 @@ class Tokenizer:
         found[[number for token, number in self._tokenizer.get_vocab().items() if token.startswith("##")]] = True
         return found
 
+    def sizes(self) -> NDArray[np.int64] | None:
+        """Return how many bytes of text each token stands for, int64 [vocab_size]; special tokens for none.
+
+        ``None`` where tokens are not pieces of the text's bytes, as words and word pieces are not.
+        """
+        import tokenizers
+
+        if not isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel) or self._tokenizer.normalizer:
+            return None
+        found = np.zeros(self.vocab_size, np.int64)
+        for token, number in self._tokenizer.get_vocab().items():
+            found[number] = 0 if token in self.special else len(token)  # a letter is a byte
+        return found
+
     def number(self, role: str) -> int:
         """Return the number of the token for a role: pad, unknown, begin, end or mask.
 

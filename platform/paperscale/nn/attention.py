@@ -1,6 +1,6 @@
 """Attention over packed sequences: they lie one after the other, without padding, and none sees another.
 
-Shapes: T tokens of all sequences together, N sequences, h heads, d the width of a head.
+Shapes: T tokens of all sequences together, N sequences, S tokens of a sequence at most, h heads, d the width of a head.
 """
 
 from __future__ import annotations
@@ -132,19 +132,25 @@ def attention(
             query_Thd, key_Thd, value_Thd, ends, ends, longest, longest, dropout, causal, False
         )
         return found[0]
+    return _in_groups((query_Thd, key_Thd, value_Thd), layout, dropout, causal)
+
+
+@torch.compiler.disable  # it would be compiled anew for the lengths of each batch
+def _in_groups(tensors: tuple[Tensor, Tensor, Tensor], layout: Layout, dropout: float, causal: bool) -> Tensor:
     groups, place_T = layout.groups
-    parts = [_of_group((query_Thd, key_Thd, value_Thd), group, dropout, causal) for group in groups]
+    parts = [_of_group(tensors, group, dropout, causal) for group in groups]
     together = parts[0] if len(parts) == 1 else torch.cat(parts)
     return together if place_T is None else together[place_T]
 
 
-def _of_group(tensors: tuple[Tensor, ...], group: Group, dropout: float, causal: bool) -> Tensor:
+def _of_group(tensors: tuple[Tensor, Tensor, Tensor], group: Group, dropout: float, causal: bool) -> Tensor:
     """Return the attention of a group's tokens, shape [its tokens, h, d]."""
     if isinstance(group.tokens, slice):
         dense = [x[group.tokens].unflatten(0, (-1, group.longest)) for x in tensors]
     else:
         dense = [x[group.tokens] for x in tensors]
-    found = _dense(*dense, group.mask_N11L, dropout, causal).flatten(0, 1)
+    query, key, value = dense
+    found = _dense(query, key, value, group.mask_N11L, dropout, causal).flatten(0, 1)
     return found if group.kept is None else found[group.kept]
 
 
@@ -155,7 +161,53 @@ def _dense(
 
     What is behind a sequence's end is behind all its tokens: under a causal mask none of them sees it.
     """
-    heads = [x.transpose(1, 2) for x in (query_NLhd, key_NLhd, value_NLhd)]
+    query, key, value = (x.transpose(1, 2) for x in (query_NLhd, key_NLhd, value_NLhd))
     mask = None if causal else mask
-    found = F.scaled_dot_product_attention(*heads, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+    found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal)
     return found.transpose(1, 2)
+
+
+class Cache:
+    """Keys and values that a left-to-right layer has computed, so that later tokens need not compute them again.
+
+    The first call brings the beginnings of all sequences, of any lengths; each later one a token of each sequence.
+
+    Args:
+        size: S.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+        self.length_N: Tensor | None = None
+        """Tokens of each sequence so far, int64."""
+        self.longest = 0
+
+    def attend(self, query_Thd: Tensor, key_Thd: Tensor, value_Thd: Tensor, layout: Layout) -> Tensor:
+        """Return the attention of new tokens over those before them and themselves, shape [T, h, d].
+
+        Args:
+            query_Thd: Q of the new tokens.
+            key_Thd: K.
+            value_Thd: V.
+            layout: where they lie.
+        """
+        if self.length_N is None:
+            self._begin(key_Thd, value_Thd, layout)
+            return attention(query_Thd, key_Thd, value_Thd, layout, causal=True)
+        row_N = torch.arange(len(self.length_N), device=key_Thd.device)
+        self.key_NShd[row_N, self.length_N], self.value_NShd[row_N, self.length_N] = key_Thd, value_Thd
+        self.longest += 1
+        seen_NS = torch.arange(self.longest, device=key_Thd.device) <= self.length_N[:, None]
+        self.length_N = self.length_N + 1
+        key_NShd, value_NShd = self.key_NShd[:, : self.longest], self.value_NShd[:, : self.longest]
+        return _dense(query_Thd[:, None], key_NShd, value_NShd, seen_NS[:, None, None], 0.0, causal=False)[:, 0]
+
+    def _begin(self, key_Thd: Tensor, value_Thd: Tensor, layout: Layout) -> None:
+        """Keep the beginning of each sequence."""
+        length_N = layout.offsets.diff().long()
+        row_T = torch.arange(len(length_N), device=key_Thd.device).repeat_interleave(length_N)
+        place_T = torch.arange(len(key_Thd), device=key_Thd.device) - layout.first.long()[row_T]
+        shape = (len(length_N), self.size, *key_Thd.shape[1:])
+        self.key_NShd, self.value_NShd = key_Thd.new_zeros(shape), value_Thd.new_zeros(shape)
+        self.key_NShd[row_T, place_T], self.value_NShd[row_T, place_T] = key_Thd, value_Thd
+        self.length_N, self.longest = length_N, layout.longest

@@ -5,14 +5,16 @@ Shapes: T tokens of all sequences together, H the width, V the vocabulary, M row
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 
 from paperscale.errors import UserError
-from paperscale.nn.attention import Layout, attention
+from paperscale.nn.attention import Cache, Layout, attention
 from paperscale.nn.losses import Entropies, linear_cross_entropy
 
 
@@ -37,9 +39,17 @@ class SelfAttention(nn.Module):
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
         self.output = nn.Linear(width, width)
 
-    def forward(self, x_TH: Tensor, layout: Layout) -> Tensor:
-        """Return the attended values, shape [T, H]."""
+    def forward(self, x_TH: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
+        """Return the attended values, shape [T, H].
+
+        Args:
+            x_TH: the tokens.
+            layout: where their sequences lie.
+            cache: of the tokens before them, to which they are added; where the sequences are made token by token.
+        """
         q, k, v = (part(x_TH).unflatten(1, (self.heads, -1)) for part in (self.query, self.key, self.value))
+        if cache is not None:
+            return self.output(cache.attend(q, k, v, layout).flatten(1))
         dropout = self.dropout if self.training else 0.0
         return self.output(attention(q, k, v, layout, dropout, self.causal).flatten(1))
 
@@ -77,6 +87,40 @@ class Perplexity(MeanMetric):
     def compute(self) -> Tensor:
         """Return e to the mean."""
         return super().compute().exp()
+
+
+class BitsPerToken(MeanMetric):
+    """A mean cross-entropy in nats, in bits."""
+
+    def compute(self) -> Tensor:
+        """Return the mean in bits."""
+        return super().compute() / math.log(2)
+
+
+class BitsPerByte(Metric):
+    """The bits that a text is given in, over its bytes: it does not depend on the tokens that it is cut into."""
+
+    nats: Tensor
+    bytes: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("nats", "bytes"):
+            self.add_state(name, torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, nats_M: Tensor, bytes_M: Tensor) -> None:
+        """Add tokens.
+
+        Args:
+            nats_M: the cross-entropy of each.
+            bytes_M: of the text that each stands for; 0 of a token that is no text, such as the end of a document.
+        """
+        self.nats += nats_M.sum()
+        self.bytes += bytes_M.sum()
+
+    def compute(self) -> Tensor:
+        """Return the bits of a byte."""
+        return self.nats / math.log(2) / self.bytes
 
 
 def truncated_normal(module: nn.Module, std: float) -> None:
