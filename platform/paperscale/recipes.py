@@ -47,11 +47,19 @@ class RecipeHeader:
 def all_recipes() -> dict[str, Path]:
     """Return every recipe by name: those that ship with Paperscale, then ``./recipes`` of the user's project.
 
-    A file whose name begins with ``_`` is no recipe: ``_report.yaml`` says what a paper's report shows.
+    A file whose name begins with ``_`` is no recipe by itself: see :func:`all_overlays`.
     """
+    return {name: path for name, path in _all_files().items() if not name.startswith("_")}
+
+
+def all_overlays() -> dict[str, Path]:
+    """Return every overlay by name, such as ``_bert-no-nsp``: what is merged over a recipe to change a part of it."""
+    return {name: path for name, path in _all_files().items() if name.startswith("_") and name != "_report"}
+
+
+def _all_files() -> dict[str, Path]:
     folders = [assets.recipes_dir(), Path("recipes").resolve()]
-    paths = (path for folder in folders for path in sorted(folder.rglob("*.yaml"), key=_by_size))
-    return {path.stem: path for path in paths if not path.name.startswith("_")}
+    return {path.stem: path for folder in folders for path in sorted(folder.rglob("*.yaml"), key=_by_size)}
 
 
 def _by_size(path: Path) -> list[tuple[int, str]]:
@@ -60,7 +68,7 @@ def _by_size(path: Path) -> list[tuple[int, str]]:
 
 
 def find(name: str) -> Path:
-    """Return the recipe called ``name``, or the file of that path.
+    """Return the recipe or the overlay called ``name``, or the file of that path.
 
     Raises:
         UserError: there is none; suggests the nearest name.
@@ -70,9 +78,10 @@ def find(name: str) -> Path:
         if not path.is_file():
             raise UserError(f"no recipe file {name}; `paperscale recipes` lists those that can be named")
         return path
-    known = all_recipes()
+    known = all_overlays() if name.startswith("_") else all_recipes()
     if name not in known:
-        raise UserError(f"no recipe '{name}'{nearest(name, known)}; `paperscale recipes` lists them all")
+        kind = "overlay" if name.startswith("_") else "recipe"
+        raise UserError(f"no {kind} '{name}'{nearest(name, known)}; `paperscale recipes` lists them all")
     return known[name]
 
 

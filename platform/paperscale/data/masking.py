@@ -48,7 +48,7 @@ class Masking(NamedTuple):
                 "[0.8, 0.1, 0.1]"
             )
 
-    def count(self, lengths: Ints) -> Ints:
+    def predictions(self, lengths: Ints) -> Ints:
         """Return the predictions of sequences of so many tokens: at least one."""
         wanted = np.maximum(1, np.round(self.rate * lengths).astype(np.int64))
         return wanted if self.most is None else np.minimum(wanted, self.most)
@@ -78,8 +78,8 @@ class Vocabulary(NamedTuple):
         Raises:
             UserError: it has no token for one of the roles.
         """
-        numbers = (tokenizer.number(role) for role in ("begin", "end", "mask"))
-        return cls(tokenizer.vocab_size, *numbers, tokenizer.continues())
+        begin, end, masked = (tokenizer.number(role) for role in ("begin", "end", "mask"))
+        return cls(tokenizer.vocab_size, begin, end, masked, tokenizer.continues())
 
 
 class Masked(NamedTuple):
@@ -116,7 +116,7 @@ def mask(
     place = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     free = (tokens != vocabulary.begin) & (tokens != vocabulary.end)
     chosen = np.flatnonzero(
-        _chosen(tokens, row, place, free, how.count(lengths), how, vocabulary, seed, epochs, samples)
+        _chosen(tokens, row, place, free, how.predictions(lengths), how, vocabulary, seed, epochs, samples)
     )
     keys = (seed, epochs[row[chosen]], samples[row[chosen]])
     kind = uniform(*keys, _KIND, place[chosen])

@@ -267,7 +267,8 @@ class SegmentPairs(PackedStream):
 
     def full_example(self) -> Example:
         """Return an example of the greatest length, whose content means nothing."""
-        count = int(self.masking.count(np.array([self.length]))[0]) if self.objective == "masked" else self.length - 1
+        masked = int(self.masking.predictions(np.array([self.length]))[0])
+        count = masked if self.objective == "masked" else self.length - 1
         fields = {"places": np.arange(count), "targets": np.zeros(count, np.int64), "label": 0}
         return Example([np.zeros(self.length, np.int64)], [np.zeros(self.length, np.int64)], fields)
 

@@ -181,6 +181,24 @@ def resolve_initial(text: str) -> Path:
     return find(where, which)
 
 
+def promised(text: str, run: Run) -> str | None:
+    """Return how a recipe names weights that a run is still to make; ``None`` where ``text`` names others.
+
+    Args:
+        text: of ``init_from``: the run, also with ``@best`` or ``@last``.
+        run: that has not finished.
+
+    Raises:
+        UserError: a step is named, which may not be there when it has.
+    """
+    where, _, which = text.partition("@")
+    if where not in (run.name, str(run.path)) and Path(where).absolute() != run.path:
+        return None
+    if which not in ("", "best", "last"):
+        raise UserError(f"init_from={text}: {run.name} has not finished; name {run.name}@last or {run.name}@best")
+    return f"{run.path}@{which or 'last'}"
+
+
 def keep_initial(run: Run, recipe: str) -> None:
     """Give a new run names of its own for the files that it begins with: another run may prune its checkpoints.
 
@@ -205,6 +223,9 @@ def initial(run: Run, source: str) -> Path:
     Raises:
         UserError: they are gone.
     """
+    where, at, which = source.rpartition("@")
+    if at and Path(where, "run.json").exists():  # a run that had to finish before this one could begin
+        return find(where, which)
     kept = run.path / INITIAL / Path(source).name
     path = kept if kept.exists() else Path(source)
     if not path.exists():

@@ -169,10 +169,11 @@ def submit(
     options = turn.options(profile)
     info = new_info(arguments.recipe.stem, name, profile, command, turn)
     if dry_run:
-        say(Validator(Place.of(profile), with_data=False)(arguments).warnings)
+        earlier = turn.waits_for(profile)
+        say(Validator(Place.of(profile), with_data=False, earlier=earlier)(arguments).warnings)
         return render(info, profile, options)
     ENGINES[profile.engine].check(profile, info)
-    validated = Validator(Place.of(profile))(arguments)
+    validated = Validator(Place.of(profile), earlier=turn.waits_for(profile))(arguments)
     with new_run(info, validated.recipe) as run:
         run.script.write_text(render(info, profile, options, validated.data))
         earlier = turn.waits_for(profile) if profile.engine == "local" else None

@@ -243,7 +243,8 @@ def submit_sweep(
 
 def _check_all(plan: Plan, arguments: RecipeArguments, with_data: bool) -> list[Validated]:
     """Check the recipe with each combination of values."""
-    validator = Validator(Place.of(plan.profile), with_data=with_data)
+    earlier = plan.turn.waits_for(plan.profile)
+    validator = Validator(Place.of(plan.profile), with_data=with_data, earlier=earlier)
 
     def check(values: Values) -> Validated:
         with _naming(values):

@@ -5,17 +5,23 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from paperscale.errors import UserError
+from paperscale.jobs import snapshot
 from paperscale.jobs.profile import Profile
+from paperscale.jobs.run import Run
 from paperscale.jobs.strategy_checks import check_optimizers, check_options, check_strategy
 from paperscale.jobs.units import size_bytes
 from paperscale.recipes import RecipeArguments
 from paperscale.training.sharding import Sharding
+
+if TYPE_CHECKING:
+    from paperscale.training.weights import Weights
 
 _PRECISIONS = {"16-mixed": "bf16-mixed", "16": "bf16-mixed", "16-true": "bf16-true"}
 _ON_GPU = ("gpu", "cuda")
@@ -95,6 +101,7 @@ class Validator:
         with_data: refuse a recipe whose shards are missing; without it, what needs them is left out if they are.
         lengthened: whether a run that has begun is to be trained for longer than its schedules were made for.
         begun: whether a run has checkpoints to continue from: the weights that it began with may be gone.
+        earlier: a run that has to finish before; its weights to begin with are not there yet.
     """
 
     def __init__(
@@ -104,7 +111,9 @@ class Validator:
         with_data: bool = True,
         lengthened: bool = False,
         begun: bool = False,
+        earlier: Run | None = None,
     ):
+        self.earlier = earlier
         self.place, self.without_memory, self.with_data = place, without_memory, with_data
         self.lengthened, self.begun = lengthened, begun
         self._initial: dict[str, Path] = {}
@@ -143,9 +152,14 @@ class Validator:
             cli.config.data.init_args.path = paths[0] if len(paths) == 1 else paths
         local = [path for path in paths if "://" not in path]
         if cli.config.init_from and not self.begun:
-            source = self._initial_from(cli.config.init_from)
-            cli.config.init_from = str(source)
-            local.append(str(source if source.is_dir() else source.parent))
+            if promised := self._promised(cli.config.init_from):
+                assert self.earlier is not None  # noqa: S101  whose they are
+                cli.config.init_from = promised
+                local.append(str(self.earlier.path))
+            else:
+                source = self._initial_from(cli.config.init_from)
+                cli.config.init_from = str(source)
+                local.append(str(source if source.is_dir() else source.parent))
         return Validated(cli.resolved(), tuple(local), tuple(self._warnings))
 
     def _new(self, content: Any) -> bool:
@@ -191,6 +205,12 @@ class Validator:
             return f", such as --nodes {nodes} --procs-per-node {count}"
         return ""
 
+    def _promised(self, text: str) -> str | None:
+        """Return what the recipe says of weights that the earlier run is still to make; ``None`` for others."""
+        from paperscale.jobs.checkpoints import promised
+
+        return promised(text, self.earlier) if self.earlier else None
+
     def _initial_from(self, text: str) -> Path:
         """Return where the weights are that the training begins with."""
         from paperscale.jobs.checkpoints import resolve_initial
@@ -201,9 +221,12 @@ class Validator:
 
     def _check_initial(self, cli: Any) -> None:
         """Compare the model with the weights that it begins with."""
-        from paperscale.training.initial import matched
+        from paperscale.training.initial import match, matched, renamed
 
-        fits = matched(cli.model, self._initial_from(cli.config.init_from), cli.config.init_prefix)
+        if self.earlier and self._promised(cli.config.init_from):
+            fits = match(cli.model, renamed(_weights_to_come(self.earlier), cli.config.init_prefix))
+        else:
+            fits = matched(cli.model, self._initial_from(cli.config.init_from), cli.config.init_prefix)
         if not fits.is_whole:
             self._warnings[f"init_from: {fits}; the log names them"] = None
 
@@ -275,6 +298,21 @@ class Validator:
                 f"of it for {found.samples} samples a pass: set data.micro_batch_size below {found.samples}, or "
                 "speed.activation_checkpointing=blocks"
             ] = None
+
+
+def _weights_to_come(run: Run) -> Weights:
+    """Return the names and shapes of the weights that a run trains, made from its recipe."""
+    from paperscale.training.recipe import built_on_meta
+    from paperscale.training.weights import of_model
+
+    imports = sys.path.copy()
+    snapshot.use(run)
+    try:
+        return of_model(
+            built_on_meta([f"--config={run.recipe}"]).model, f"the run {run.name}, which is to finish first"
+        )
+    finally:
+        sys.path[:] = imports
 
 
 class Alike:

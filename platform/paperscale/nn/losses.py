@@ -108,7 +108,7 @@ def _chunks(
         of_hidden.append((slope_now @ weight_now).to(hidden.dtype))
         of_weight += slope_now.T @ x_now
     entropy = torch.cat(entropies)
-    gradients = (None, None, None)
+    gradients: tuple[Tensor | None, ...] = (None, None, None)
     if of_weight is not None:
         cast = of_bias if of_bias is None or bias is None else of_bias.to(bias.dtype)
         gradients = (torch.cat(of_hidden), of_weight.to(weight.dtype), cast)

@@ -324,6 +324,8 @@ class BertModule(LightningModule):
         weight_decay: of matrices; biases and layer norms have none.
         warmup: steps until ``lr`` is reached; below 1, a share of the training.
         power: of the decay to 0 over the training: 1 is linear.
+        total_steps: of the schedule; by default those of the training.
+        first_step: where in the schedule the training begins: a second phase goes on where the first has stopped.
     """
 
     def __init__(
@@ -335,12 +337,15 @@ class BertModule(LightningModule):
         weight_decay: float = 0.01,
         warmup: float = 10_000,
         power: float = 1.0,
+        total_steps: int | None = None,
+        first_step: int = 0,
     ):
         super().__init__()
         if warmup < 0:
             raise UserError(f"model.warmup={warmup}: give a number of steps, or a share of the training below 1")
         self.lr, self.optimizer_name, self.betas, self.eps = lr, optimizer, betas, eps
         self.weight_decay, self.warmup, self.power = weight_decay, warmup, power
+        self.total_steps, self.first_step = total_steps, first_step
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimizer and its schedule (A.2): linear warm-up, then decay."""
@@ -352,9 +357,10 @@ class BertModule(LightningModule):
             optimizer = Lamb(groups, weight_decay=self.weight_decay, **options)
         else:
             optimizer = BertAdam(groups, **options)
-        steps = int(self.trainer.estimated_stepping_batches)
+        steps = self.total_steps or int(self.trainer.estimated_stepping_batches)
         warmup = int(self.warmup * steps) if self.warmup < 1 else int(self.warmup)
-        return scheduled(optimizer, warmed_up(polynomial(steps, self.power), warmup))  # type: ignore[return-value]
+        factor = warmed_up(polynomial(steps, self.power), warmup)
+        return scheduled(optimizer, lambda step: factor(step + self.first_step))  # type: ignore[return-value]
 
     def export_names(self, format: str) -> dict[str, str]:
         """Return this module's names to those of another library's network, empty where there is none.
@@ -569,7 +575,7 @@ class BertClassifier(BertModule):
             for name in self.metrics:
                 setattr(self, f"{stage}_{name}", _METRICS[name](classes))
 
-    def with_head(self, bert: Bert, dropout: float, bilstm: bool) -> nn.Module:
+    def with_head(self, bert: Bert, dropout: float, bilstm: bool) -> SequenceClassifier:
         """Return the encoder with the task's layer."""
         return SequenceClassifier(bert, self.classes, dropout, bilstm)
 
@@ -626,7 +632,7 @@ class BertChoice(BertClassifier):
     def __init__(self, network: Bert, choices: int = 4, dropout: float = 0.1, **optimizer: Any):
         super().__init__(network, choices, dropout=dropout, **optimizer)
 
-    def with_head(self, bert: Bert, dropout: float, bilstm: bool) -> nn.Module:
+    def with_head(self, bert: Bert, dropout: float, bilstm: bool) -> SequenceClassifier:
         """Return the encoder with the task's layer."""
         return PairScores(bert, self.classes, dropout)
 

@@ -109,6 +109,22 @@ def of_checkpoint(checkpoint: Path, averages: bool = False) -> Weights:
     return Weights(str(checkpoint), tensors, manifest.aliases)
 
 
+def of_model(model: nn.Module, origin: str) -> Weights:
+    """Return the state of a model that may be on the meta device, for its names and shapes.
+
+    Args:
+        model: the model.
+        origin: what it is called in messages.
+    """
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    aliases = {
+        name: first[id(parameter)]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if first[id(parameter)] != name
+    }
+    return Weights(origin, {name: _held(tensor) for name, tensor in state_of(model)}, aliases)
+
+
 def has_averages(reader: TensorReader) -> bool:
     """Return whether a checkpoint holds averages of the weights."""
     return any(name.startswith("ema/") for name in reader.tensors)
