@@ -138,7 +138,8 @@ class Tokenizer:
                 special_tokens=[(token, self.special[token]) for token in ("[CLS]", "[SEP]")],
             )
         for role, key in (_FRAMED if framed else _UNFRAMED).items():
-            config |= {key: token for token in _ROLES[role][::-1] if token in self.special}
+            if token := next((token for token in _ROLES[role] if token in self.special), None):
+                config[key] = token
         return {FILE: definition.to_str(), "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
