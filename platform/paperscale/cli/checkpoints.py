@@ -251,6 +251,8 @@ def run_export(args: argparse.Namespace) -> int:
 
         weights, written = export_as(args.format, checkpoint, weights, args.out, dtype, facts)
     print(f"{args.out}: step {manifest.step} of {manifest.run or checkpoint}; {_of_file(weights, written)}")
+    if note := written.get("note"):
+        print(note)
     return FINISHED
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,15 @@ from paperscale.training.weights import Weight, Weights, open_weights, state_of
 LIBRARIES = ("torchvision", "huggingface")
 """Whose names a module may know, by its ``export_names``."""
 _COUNTER = "num_batches_tracked"  # of batch normalisation: nothing rests on it, and old files have none
+_OF_TENSORFLOW = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+_CONFIG = "config.json"  # of Hugging Face's models, beside the weights
+_SHAPELESS = (
+    *("model_type", "is_decoder"),
+    *("num_attention_heads", "n_head"),
+    *("hidden_act", "activation_function"),
+    *("layer_norm_eps", "layer_norm_epsilon"),
+)
+"""What a ``config.json`` says of a network that its tensors' shapes do not."""
 _SHOWN = 10  # names of a kind
 _TRIED = 5  # changes of names that are looked at closely
 
@@ -86,7 +96,7 @@ def match(model: nn.Module, weights: Weights) -> Match:
     others, (foreign, refused) = _other_names(model), _foreign_names(model)
     fits = _match(shapes, others, weights)
     for library, names in foreign.items():
-        translated = _match(shapes, others, _translated(weights, names))
+        translated = _match(shapes, others, _translated(weights, names, library))
         if len(translated.found) > len(fits.found):
             fits = replace(translated, library=library)
     if not fits.found:
@@ -104,22 +114,60 @@ def matched(model: nn.Module, source: Path, prefix: str | None, whole: bool = Fa
         whole: refuse weights that are not all of the model's.
 
     Raises:
-        UserError: nothing fits, the weights cannot be read or are not all there; or the names are another library's and
-            tensors beside the last layer's do not fit, and no prefix says that a part is wanted.
+        UserError: nothing fits, the weights cannot be read or are not all there; or the names are another library's,
+            the network is not the same, and no prefix says that a part is wanted.
     """
     fits = match(model, renamed(open_weights(source), prefix))
     lacking = [*fits.missing, *fits.other_shape]
     if whole and lacking:
         raise UserError(f"{fits} ({lacking[0]}); use the recipe that made it")
     if fits.library and not prefix:
-        (*_, (last, _)) = model.named_parameters()
-        layer = last.rpartition(".")[0]  # a new one is what fine-tuning wants
-        if lacking := [name for name in lacking if not name.startswith(f"{layer}.")]:
+        if torn := _torn(model, fits):
             raise UserError(
-                f"{fits} ({lacking[0]}): they are of another network, perhaps of another depth; make model.network the "
+                f"{fits} ({torn[0]}): they are of another network, perhaps of another depth; make model.network the "
                 "same, or add init_prefix=/ to begin with what fits"
             )
+        _compare_config(model, source, fits.library)
     return fits
+
+
+def _torn(model: nn.Module, fits: Match) -> list[str]:
+    """Return what does not fit, though the weights have the part of the network that it belongs to.
+
+    A part is an attribute of the module's ``network``: new heads are what fine-tuning wants, half an encoder is not.
+    Of the last layer anything may be missing.
+    """
+    (*_, (last, _)) = model.named_parameters()
+    layer = last.rpartition(".")[0]
+    there = {_part(name) for name in fits.found}
+    torn = [*(name for name in fits.missing if _part(name) in there), *fits.other_shape]
+    return [name for name in torn if not name.startswith(f"{layer}.")]
+
+
+def _part(name: str) -> str:
+    return ".".join(name.split(".")[:2])
+
+
+def _compare_config(model: Any, source: Path, library: str) -> None:
+    """Refuse weights that another network has computed with: one whose tensors have the same names and shapes.
+
+    Raises:
+        UserError: the ``config.json`` beside the weights differs from the model's in what shapes do not tell.
+    """
+    path = (source if source.is_dir() else source.parent) / _CONFIG
+    if library != "huggingface" or not path.exists() or not hasattr(model, "export_config"):
+        return
+    try:
+        theirs = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); restore it, or remove it") from error
+    ours = model.export_config(library)
+    for key in _SHAPELESS:
+        if key in theirs and key in ours and theirs[key] != ours[key]:
+            raise UserError(
+                f"{path}: {key} is {theirs[key]}, the model's is {ours[key]}; make model.network the same, or add "
+                "init_prefix=/ to begin with these weights all the same"
+            )
 
 
 def _match(shapes: Mapping[str, tuple[int, ...]], others: Mapping[str, list[str]], weights: Weights) -> Match:
@@ -157,14 +205,36 @@ def _foreign_names(model: nn.Module) -> tuple[dict[str, dict[str, str]], dict[st
     return found, refused
 
 
-def _translated(weights: Weights, names: Mapping[str, str]) -> Weights:
+def _translated(weights: Weights, names: Mapping[str, str], library: str) -> Weights:
     """Return weights of a library under the model's names; what has none there keeps its own."""
-    known = set(names.values())
-    tensors = {name: weight for name, weight in weights.tensors.items() if name not in known}
+    base = _most_frequent_beginning(names.values()) if library == "huggingface" else ""
+    found: dict[str, Weight] = {}
+    used: set[str] = set()
     for name, other in names.items():
-        if (weight := weights.named(other)) is not None:
-            tensors[name] = weight
-    return replace(weights, tensors=tensors)
+        for spelling in _spellings(other, base):
+            if (weight := weights.named(spelling)) is not None:
+                found[name] = weight
+                used.add(spelling)
+                break
+    return replace(weights, tensors={n: w for n, w in weights.tensors.items() if n not in used} | found)
+
+
+def _most_frequent_beginning(names: Iterable[str]) -> str:
+    counts = Counter(name.partition(".")[0] for name in names)
+    return f"{counts.most_common(1)[0][0]}."
+
+
+def _spellings(name: str, base: str) -> Iterator[str]:
+    """Yield how files of a library call a tensor.
+
+    Those of a model without heads leave out the beginning that is the model's name; those that were converted from
+    TensorFlow keep its names of layer norms.
+    """
+    for whole in (name, name.removeprefix(base)):
+        yield whole
+        for new, old in _OF_TENSORFLOW.items():
+            if whole.endswith(new):
+                yield whole.removesuffix(new) + old
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
