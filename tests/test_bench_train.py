@@ -21,8 +21,8 @@ def test_a_quick_run_has_a_row_for_every_way(tmp_path, capsys):
     assert printed == json.loads((tmp_path / "train.json").read_text())
     (case,) = printed["cases"]
     assert case["left_out"] == {}
-    assert sorted(case["images_per_s"]) == sorted(MINE)
-    assert all(len(rounds) == 1 and rounds[0] > 0 for rounds in case["images_per_s"].values())
+    assert sorted(case["per_s"]) == sorted(MINE)
+    assert all(len(rounds) == 1 and rounds[0] > 0 for rounds in case["per_s"].values())
     assert all(goal["met"] is None for goal in printed["goals"].values()), "one short round is no measurement"
     text = (tmp_path / "train.md").read_text()
     assert all(f"| {WAYS[way]} | " in text for way in MINE)
@@ -44,7 +44,8 @@ def test_synthetic_images_are_the_same_on_the_device_in_a_stream_that_moves_on(t
 def results(synthetic: float = 1.01, data: float = 0.98, rounds: int = 3, device: str = "NVIDIA H200") -> Results:
     cases = []
     for batch_size, worse in ((128, 0.0), (256, 0.005)):
-        case = Case(Work("resnet50", batch_size, 224, 8, 32, "bf16-mixed"), device, "torchvision's network")
+        work = Work("resnet50", batch_size, 224, 8, 32, "bf16-mixed")
+        case = Case(work=work, device=device, amount=batch_size, reference="torchvision's network")
         shares = {"bare": 1.0, "ours-synthetic": synthetic - worse, "ours-data": data * (synthetic - worse)}
         for number in range(-1, rounds):
             speed = 1000.0 * (number + 2)  # a machine that gets faster: ratios are taken within a round
@@ -53,7 +54,7 @@ def results(synthetic: float = 1.01, data: float = 0.98, rounds: int = 3, device
                 case.add({"round": number, "way": way, "wall_us": wall, "memory": 3 << 30})
         case.add({"left_out": "ours-compile", "reason": "no [compiler]"})
         cases.append(case)
-    return Results(rounds, False, "JPEGs", cases)
+    return Results(rounds=rounds, quick=False, pictures="JPEGs", cases=cases)
 
 
 def test_the_goals_are_judged_by_the_worst_case_on_a_gpu():
@@ -61,7 +62,7 @@ def test_the_goals_are_judged_by_the_worst_case_on_a_gpu():
         return [goal["met"] for goal in found.to_json()["goals"].values()]
 
     found = results()
-    assert found.cases[0].images_per_s["bare"] == pytest.approx([2000, 3000, 4000]), "the first round is not counted"
+    assert found.cases[0].per_s["bare"] == pytest.approx([2000, 3000, 4000]), "the first round is not counted"
     assert [measured for _, measured in found.goals().values()] == [1.005, 0.98]
     assert met(found) == [True, True]
     assert met(results(synthetic=1.004)) == [False, True]

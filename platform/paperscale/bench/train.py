@@ -7,19 +7,18 @@ import importlib.metadata
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
-from datetime import date
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from rich.console import Console
 
-from paperscale.bench.ranks import run_ranks
-from paperscale.bench.report import hardware, spread
+from paperscale.bench import trainings
+from paperscale.bench.report import spread
 from paperscale.bench.step import write_run
 from paperscale.bench.step_works import QUICK
 from paperscale.bench.train_works import CLASSES, NETWORKS, SGD, Work, write_pictures
+from paperscale.bench.trainings import Goal, lines_of, measured_in_turns, worst
 from paperscale.bench.turns import as_markdown, as_table, chosen, made_by, run_in_turns
 from paperscale.errors import UserError
 
@@ -32,8 +31,6 @@ WAYS = {
 GOALS = {"ours-synthetic": ("bare", 1.0), "ours-data": ("ours-synthetic", 0.97)}
 """A way, to the way that it is compared with and the least share of its images a second that is aimed at."""
 _COLUMNS = ("training", "images/s", "times bare", "times synthetic", "GPU memory, GiB")
-_JUDGED = 3  # rounds from which on the goals are judged
-_LIMIT_S = 300.0  # of a training: the first one compiles
 
 
 @dataclass(frozen=True)
@@ -61,42 +58,15 @@ ON_GPU = Size(("resnet50", "resnet152"), (128, 256), 224, 8, 4096, "bf16-mixed")
 ON_CPU = Size(("resnet18",), (16,), 64, 2, 192, "32-true")
 
 
-@dataclass
-class Case:
-    """One network at one batch size.
+@dataclass(kw_only=True)
+class Case(trainings.Case):
+    """One network at one batch size, in images.
 
     Attributes:
-        work: what is trained.
-        device: that it is trained on.
         reference: whose network the hand-written loop trains.
-        images_per_s: way to its images a second, round by round.
-        memory: way to the most memory of the GPU that was in use, in bytes, round by round.
-        left_out: ways that could not be trained, and why.
     """
 
-    work: Work
-    device: str
     reference: str
-    images_per_s: dict[str, list[float]] = field(default_factory=dict)
-    memory: dict[str, list[int]] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Take in a line of the process."""
-        if "left_out" in row:
-            self.left_out[row["left_out"]] = row["reason"]
-        elif row["round"] >= 0:
-            way = row["way"]
-            self.images_per_s.setdefault(way, []).append(1e6 * self.work.batch_size / row["wall_us"])
-            if row["memory"] is not None:
-                self.memory.setdefault(way, []).append(row["memory"])
-
-    def ratios(self, way: str, other: str) -> list[float]:
-        """Return a way's images a second as a multiple of another's, round by round; empty where one is left out."""
-        if {way, other} - self.images_per_s.keys():
-            return []
-        pairs = zip(self.images_per_s[way], self.images_per_s[other], strict=True)
-        return [mine / theirs for mine, theirs in pairs]
 
 
 def versions() -> dict[str, str]:
@@ -111,57 +81,28 @@ def versions() -> dict[str, str]:
     return found
 
 
-@dataclass
-class Results:
+@dataclass(kw_only=True)
+class Results(trainings.Results):
     """What was measured.
 
     Attributes:
-        rounds: of every way.
-        quick: whether it was only tried.
         pictures: what the JPEGs are.
-        cases: every network at every batch size.
-        versions: of what computes.
-        day: when.
-        hardware: where.
     """
 
-    rounds: int
-    quick: bool
     pictures: str
-    cases: list[Case]
     versions: dict[str, str] = field(default_factory=versions)
-    day: str = field(default_factory=lambda: date.today().isoformat())
-    hardware: dict[str, str] = field(default_factory=hardware)
 
-    def goals(self) -> dict[str, tuple[float, float | None]]:
-        """Return what was aimed at: the least, and what was measured in the worst case, ``None`` for nothing."""
-        found: dict[str, tuple[float, float | None]] = {}
-        for way, (other, least) in GOALS.items():
-            medians = [median(ratios) for case in self.cases if (ratios := case.ratios(way, other))]
-            found[f"{WAYS[way]}, times {WAYS[other]}"] = (least, round(min(medians), 3) if medians else None)
-        return found
-
-    @property
-    def on_gpu(self) -> bool:
-        """Return whether a GPU was measured."""
-        return all(case.device != "CPU" for case in self.cases)
-
-    @property
-    def judged(self) -> bool:
-        """Return whether these rounds are a measurement of what the goals are for."""
-        return self.on_gpu and self.rounds >= _JUDGED and not self.quick
-
-    def to_json(self) -> dict[str, Any]:
-        """Return everything, with each round's figures."""
-        goals = {
-            name: {
-                "at_least": least,
-                "measured": measured,
-                "met": measured >= least if self.judged and measured is not None else None,
-            }
-            for name, (least, measured) in self.goals().items()
+    def goals(self) -> dict[str, Goal]:
+        """Return what was aimed at."""
+        return {
+            f"{WAYS[way]}, times {WAYS[other]}": worst(least, [case.ratios(way, other) for case in self.cases])
+            for way, (other, least) in GOALS.items()
         }
-        return {**asdict(self), "goals": goals}
+
+    @property
+    def not_judged(self) -> str:
+        """Return why these rounds are no measurement of what the goals are for; empty where they are."""
+        return super().not_judged if self.on_gpu else "they are for a GPU; these figures show only that it works"
 
 
 def run(options: argparse.Namespace) -> int:
@@ -176,7 +117,7 @@ def run(options: argparse.Namespace) -> int:
     works = _works(options, on_gpu)
     rounds = 1 if options.quick else options.rounds
     ways = [way for way in WAYS if on_gpu or way != "ours-compile"]
-    total = len(works) * _lines_of(ways, rounds)
+    total = len(works) * lines_of(ways, rounds)
     return run_in_turns(
         options, "train", total, lambda done: measure(works, ways, rounds, options.quick, done), _show, markdown
     )
@@ -202,11 +143,6 @@ def _works(options: argparse.Namespace, on_gpu: bool) -> list[Work]:
 # -- the process ---------------------------------------------------------------------------------------------
 
 
-def _lines_of(ways: Sequence[str], rounds: int) -> int:
-    """Return the lines that the process of a case writes."""
-    return 1 + (1 + rounds) * len(ways)
-
-
 def measure(
     works: Sequence[Work],
     ways: Sequence[str],
@@ -226,25 +162,19 @@ def measure(
     Raises:
         UserError: a process does not get to its end.
     """
-    cases: list[Case] = []
     with tempfile.TemporaryDirectory(prefix="paperscale-bench-") as folder:
         shards = Path(folder) / "pictures"
         pictures = write_pictures(shards, max(work.batch_size * (work.warm_up + work.steps + 1) for work in works))
-        for number, work in enumerate(works):
-            before = number * _lines_of(ways, rounds)
-            ((facts, *rows),) = run_ranks(
-                "paperscale.bench.train_rank",
-                1,
-                [work.to_json(), str(rounds)],
-                threads=int(hardware()["cores"]),
-                progress=lambda done, before=before: progress(before + done),  # type: ignore[misc]
-                prepare=lambda into, work=work: _prepare(into, work, ways, shards),  # type: ignore[misc]
-                limit_s=_LIMIT_S,
-            )
-            cases.append(Case(work, **facts))
-            for row in rows:
-                cases[-1].add(row)
-    return Results(rounds, quick, pictures, cases)
+        cases = measured_in_turns(
+            "paperscale.bench.train_rank",
+            works,
+            ways,
+            rounds,
+            Case,
+            lambda into, work: _prepare(into, work, ways, shards),
+            progress,
+        )
+    return Results(rounds=rounds, quick=quick, pictures=pictures, cases=cases)
 
 
 def _prepare(folder: Path, work: Work, ways: Sequence[str], shards: Path) -> None:
@@ -284,28 +214,11 @@ def _title(case: Case) -> str:
 def _lines(case: Case) -> list[list[str]]:
     """Return a row for each way, the heading first."""
     rows = [list(_COLUMNS)]
-    for way in (way for way in WAYS if way in case.images_per_s):
+    for way in (way for way in WAYS if way in case.per_s):
         synthetic = [] if way in ("bare", "ours-synthetic") else case.ratios(way, "ours-synthetic")
-        memory = [used / 2**30 for used in case.memory.get(way, [])]
-        figures = (case.images_per_s[way], case.ratios(way, "bare"), synthetic, memory)
+        figures = (case.per_s[way], case.ratios(way, "bare"), synthetic, case.gibibytes(way))
         rows.append([WAYS[way], *map(spread, figures)])
     return rows if case.memory else [row[:-1] for row in rows]
-
-
-def _left_out(case: Case) -> list[str]:
-    return [f"Left out: {WAYS[way]}, {reason}." for way, reason in case.left_out.items()]
-
-
-def _goals(results: Results) -> str:
-    parts = []
-    why = "too few rounds" if results.on_gpu else "they are for a GPU; these figures show only that it works"
-    for name, (least, measured) in results.goals().items():
-        if measured is None:
-            parts.append(f"{name}: at least {least:g}, not measured.")
-            continue
-        verdict = ("met" if measured >= least else "not met") if results.judged else f"not judged: {why}"
-        parts.append(f"{name}: at least {least:g}, measured {measured:g} in the worst case: {verdict}.")
-    return "Goals. " + " ".join(parts)
 
 
 def markdown(results: Results) -> str:
@@ -320,15 +233,15 @@ def markdown(results: Results) -> str:
         "in the 3x3 convolution of bottlenecks, by fused SGD with momentum and weight decay, channels last, cuDNN's "
         f"fastest algorithms. Figures are `median [least..most]` of {results.rounds} rounds; in a round all ways take "
         "turns in the same process, and ratios are taken within a round. Memory is the most that tensors took.",
-        _goals(results),
+        results.goals_in_words(),
     ]
     for case in results.cases:
-        parts += [f"## {_title(case)}", as_markdown(_lines(case)), *_left_out(case)]
+        parts += [f"## {_title(case)}", as_markdown(_lines(case)), *case.left_out_lines(WAYS)]
     return "\n\n".join(parts) + "\n"
 
 
 def _show(results: Results, console: Console) -> None:
     for case in results.cases:
         console.print(f"[bold]{_title(case)}", as_table(_lines(case)), sep="\n", highlight=False)
-        console.print(*_left_out(case), "", sep="\n", highlight=False, markup=False)
-    console.print(_goals(results))
+        console.print(*case.left_out_lines(WAYS), "", sep="\n", highlight=False, markup=False)
+    console.print(results.goals_in_words())
