@@ -33,10 +33,11 @@ def tokenizer(size: int = VOCABULARY) -> Tokenizer:
 
 
 def article(of: tuple[str, int], size: int = VOCABULARY) -> Document:
-    """A document of 1 to 9 sentences of 1 to 30 tokens, which are words that begin no other document's sentences."""
+    """A document of 1 to 9 sentences of 1 to 30 tokens, which are of few words."""
     split, number = of
     rng = np.random.default_rng([len(split), number])
-    sentences = [rng.integers(len(SPECIAL), size, rng.integers(1, 31)) for _ in range(rng.integers(1, 10))]
+    words = len(SPECIAL) + (rng.random(25) ** 3 * (size - len(SPECIAL))).astype(int)  # some are frequent everywhere
+    sentences = [rng.choice(words, rng.integers(1, 31)) for _ in range(rng.integers(1, 10))]
     return Document(sentences)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from paperscale.data.shards import MANIFEST
 from paperscale.errors import UserError
 from paperscale.jobs import snapshot
 from paperscale.jobs.profile import Profile
@@ -180,6 +181,8 @@ class Validator:
             cli.datamodule.check()
         with contextlib.nullcontext() if self.with_data else contextlib.suppress(UserError):
             _check_classes(cli)
+            if (check := getattr(cli.model, "check_data", None)) and not _missing(cli.datamodule):
+                check(cli.datamodule)
         try:
             cli.datamodule.accumulate(self.place.world_size)
         except UserError as error:
@@ -298,6 +301,11 @@ class Validator:
                 f"of it for {found.samples} samples a pass: set data.micro_batch_size below {found.samples}, or "
                 "speed.activation_checkpointing=blocks"
             ] = None
+
+
+def _missing(datamodule: Any) -> list[str]:
+    """Return the folders of shards that are not there."""
+    return [path for path in datamodule.paths if "://" not in path and not (Path(path) / MANIFEST).exists()]
 
 
 def _weights_to_come(run: Run) -> Weights:

@@ -380,17 +380,29 @@ class BertModule(LightningModule):
         network: Any = self.network
         return {"architectures": ["BertModel"], **network.bert.huggingface_config()}
 
-    def check_vocabulary(self, vocab_size: int) -> None:
+    @property
+    def bert(self) -> Bert:
+        """Return the encoder."""
+        return self.network.bert  # type: ignore[union-attr,return-value]
+
+    def setup(self, stage: str) -> None:
+        """Refuse data that does not fit the network."""
+        self.check_data(self.trainer.datamodule)  # type: ignore[attr-defined]
+
+    def check_data(self, data: Any) -> None:
         """Refuse data whose tokens the network has no embeddings for.
+
+        Args:
+            data: the DataModule.
 
         Raises:
             UserError: names both sizes.
         """
-        tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
-        if tokenizer is not None and (size := tokenizer().vocab_size) > vocab_size:
+        tokenizer = getattr(data, "tokenizer", None)
+        if tokenizer is not None and (size := tokenizer().vocab_size) > self.bert.vocab_size:
             raise UserError(
-                f"the tokenizer at {self.trainer.datamodule.paths[0]} has {size} tokens, and "  # type: ignore[attr-defined]
-                f"model.network.vocab_size={vocab_size}: set model.network.vocab_size={size}"
+                f"the tokenizer of {data.paths[0]} has {size} tokens, and model.network.vocab_size="
+                f"{self.bert.vocab_size}: set model.network.vocab_size={size}"
             )
 
 
@@ -413,15 +425,17 @@ class BertPretraining(BertModule):
             if pairs:
                 setattr(self, f"{stage}_nsp_accuracy", MeanMetric())
 
-    def setup(self, stage: str) -> None:
+    def check_data(self, data: Any) -> None:
         """Refuse data that does not fit the network.
+
+        Args:
+            data: the DataModule.
 
         Raises:
             UserError: it has pairs and the network no head for them, or the other way round; or a network that sees
                 what follows is to predict it.
         """
-        self.check_vocabulary(self.network.bert.vocab_size)
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        super().check_data(data)
         has_pairs = getattr(data, "next_sentence", "random") != "none"
         if has_pairs != (self.network.pair is not None):
             raise UserError(
@@ -429,20 +443,11 @@ class BertPretraining(BertModule):
                 f"model.pairs={str(has_pairs).lower()}"
             )
         left_to_right = getattr(data, "objective", "masked") == "left-to-right"
-        if left_to_right != self.network.bert.causal:
+        if left_to_right != self.bert.causal:
             raise UserError(
-                f"data.objective={data.objective} and model.network.causal={self.network.bert.causal}: set "
+                f"data.objective={data.objective} and model.network.causal={self.bert.causal}: set "
                 f"model.network.causal={str(left_to_right).lower()}"
             )
-
-    def export_config(self, format: str) -> dict[str, Any]:
-        """Return the content of ``config.json``, with the class of transformers' that has these heads."""
-        bert = self.network.bert
-        without = "BertLMHeadModel" if bert.causal else "BertForMaskedLM"
-        return {
-            "architectures": [without if self.network.pair is None else "BertForPreTraining"],
-            **bert.huggingface_config(),
-        }
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the loss of one micro-batch."""
@@ -504,6 +509,10 @@ class SequenceClassifier(nn.Module):
         truncated_normal(self.output, 0.02)
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
+        """Return the outputs of each sequence, shape [N, K]."""
+        return self.of_sequences(batch)
+
+    def of_sequences(self, batch: dict[str, Any]) -> Tensor:
         """Return the outputs of each sequence, shape [N, K]."""
         layout = Layout(batch["lengths"], batch["offsets"])
         return self.output(self.dropout(self.pooler(self.bert(batch, layout), layout)))
@@ -579,10 +588,6 @@ class BertClassifier(BertModule):
         """Return the encoder with the task's layer."""
         return SequenceClassifier(bert, self.classes, dropout, bilstm)
 
-    def setup(self, stage: str) -> None:
-        """Refuse tokens that the network has no embeddings for."""
-        self.check_vocabulary(self.network.bert.vocab_size)
-
     def loss(self, output_NK: Tensor, label_N: Tensor) -> Tensor:
         """Return the mean cross-entropy, or squared error."""
         if self.classes == 1:
@@ -652,4 +657,4 @@ class PairScores(SequenceClassifier):
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         """Return the scores, shape [N / C, C]."""
-        return super().forward(batch).view(-1, self.choices)
+        return self.of_sequences(batch).view(-1, self.choices)
