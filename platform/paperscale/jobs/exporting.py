@@ -18,10 +18,11 @@ from paperscale.data.tokenizer import Tokenizer
 from paperscale.errors import UserError, nearest
 from paperscale.jobs import snapshot
 from paperscale.jobs.run import Run
+from paperscale.nn.exchange import Names, Part
 from paperscale.training.checkpoint import RECIPE, fsync_folder
 from paperscale.training.consolidate import write_file
 from paperscale.training.recipe import RecipeCLI, built_on_meta
-from paperscale.training.weights import Weights
+from paperscale.training.weights import Weight, Weights, joined
 
 _OF_HUGGINGFACE = "model.safetensors", "config.json"
 _LONGEST = ("max_position_embeddings", "n_positions")
@@ -109,11 +110,20 @@ def _asked(module: LightningModule, method: str, format: str) -> dict[str, Any]:
     return found
 
 
-def _renamed(weights: Weights, names: Mapping[str, str], module: str) -> Weights:
-    tensors = {}
+def _renamed(weights: Weights, names: Names, module: str) -> Weights:
+    tensors: dict[str, Weight] = {}
+    parts: dict[str, dict[Part, Weight]] = {}
     for name, other in names.items():
         if (weight := weights.named(name)) is None:
             hint = nearest(name, weights.tensors) or "; name what its state_dict has"
             raise UserError(f"{module}.export_names: the checkpoint has no '{name}'{hint}")
-        tensors[other] = weight
+        if isinstance(other, str):
+            tensors[other] = weight
+        else:
+            parts.setdefault(other.name, {})[other] = weight
+    for other, found in parts.items():
+        ordered = sorted(found)
+        if [part.number for part in ordered] != list(range(ordered[0].of)):
+            raise UserError(f"{module}.export_names: of '{other}' not all parts are there; name a tensor for each")
+        tensors[other] = joined([found[part] for part in ordered], ordered[0].transposed)
     return replace(weights, tensors=tensors, aliases={})

@@ -23,7 +23,7 @@ class Part(NamedTuple):
 
     def whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the library's tensor, of which a part has ``shape``."""
-        whole = (shape[0] * self.of, *shape[1:])
+        whole = (shape[0] * self.of, *shape[1:]) if shape else shape
         return whole[::-1] if self.transposed else whole
 
 

@@ -450,12 +450,18 @@ class GptLanguageModel(LightningModule):
             setattr(self, f"{stage}_bits_per_byte", BitsPerByte())
 
     def setup(self, stage: str) -> None:
-        """Look at the data: it must fit the network, and its tokenizer says how many bytes a token is.
+        """Learn from the data's tokenizer how many bytes a token is; errors are those of :meth:`check_data`."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.check_data(data)
+        sizes = data.tokenizer().sizes() if getattr(data, "has_tokenizer", False) else None
+        self.bytes_V = None if sizes is None else torch.from_numpy(sizes)
+
+    def check_data(self, data: Any) -> None:
+        """Refuse data that does not fit the network.
 
         Raises:
             UserError: it has no targets, or more tokens or longer blocks than the network.
         """
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if not getattr(data, "next_token", True):
             raise UserError("data.next_token=false, and a language model needs the tokens that follow: set it to true")
         if (length := getattr(data, "length", 0)) > self.network.positions:
@@ -463,15 +469,12 @@ class GptLanguageModel(LightningModule):
                 f"data.length={length} and model.network.positions={self.network.positions}: set "
                 f"data.length={self.network.positions} or model.network.positions={length}"
             )
-        if getattr(data, "has_tokenizer", False):
-            tokenizer = data.tokenizer()
-            if tokenizer.vocab_size > self.network.vocab_size:
-                raise UserError(
-                    f"{tokenizer.name} has {tokenizer.vocab_size} tokens, and model.network.vocab_size="
-                    f"{self.network.vocab_size}: set model.network.vocab_size={tokenizer.vocab_size}"
-                )
-            sizes = tokenizer.sizes()
-            self.bytes_V = None if sizes is None else torch.from_numpy(sizes)
+        tokens = data.tokenizer().vocab_size if getattr(data, "has_tokenizer", False) else 0
+        if tokens > self.network.vocab_size:
+            raise UserError(
+                f"the tokenizer at {data.paths[0]} has {tokens} tokens, and model.network.vocab_size="
+                f"{self.network.vocab_size}: set model.network.vocab_size={tokens}"
+            )
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the loss of one micro-batch."""

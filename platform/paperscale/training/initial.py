@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from paperscale.errors import UserError
+from paperscale.nn.exchange import Names, part_of
 from paperscale.training.pieces import Piece, piece_of
-from paperscale.training.weights import Weight, Weights, open_weights, state_of
+from paperscale.training.weights import Weight, Weights, open_weights, state_of, taken
 
 LIBRARIES = ("torchvision", "huggingface")
 """Whose names a module may know, by its ``export_names``."""
@@ -26,7 +27,7 @@ _CONFIG = "config.json"  # of Hugging Face's models, beside the weights
 _SHAPELESS = (
     *("model_type", "is_decoder"),
     *("num_attention_heads", "n_head"),
-    *("hidden_act", "activation_function"),
+    *("hidden_act", "activation_function", "afn"),
     *("layer_norm_eps", "layer_norm_epsilon"),
 )
 """What a ``config.json`` says of a network that its tensors' shapes do not."""
@@ -188,12 +189,12 @@ def _match(shapes: Mapping[str, tuple[int, ...]], others: Mapping[str, list[str]
     return Match(weights.origin, found, missing, unexpected, other_shape)
 
 
-def _foreign_names(model: nn.Module) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+def _foreign_names(model: nn.Module) -> tuple[dict[str, Names], dict[str, str]]:
     """Return, for each library that has such a model, the model's names with the library's.
 
     And of those that have similar models alone, why not this one.
     """
-    found: dict[str, dict[str, str]] = {}
+    found: dict[str, Names] = {}
     refused: dict[str, str] = {}
     export_names: Any = getattr(model, "export_names", None)
     for library in LIBRARIES if export_names else ():
@@ -205,15 +206,16 @@ def _foreign_names(model: nn.Module) -> tuple[dict[str, dict[str, str]], dict[st
     return found, refused
 
 
-def _translated(weights: Weights, names: Mapping[str, str], library: str) -> Weights:
+def _translated(weights: Weights, names: Names, library: str) -> Weights:
     """Return weights of a library under the model's names; what has none there keeps its own."""
-    base = _most_frequent_beginning(names.values()) if library == "huggingface" else ""
+    parts = {name: part_of(other) for name, other in names.items()}
+    base = _most_frequent_beginning(part.name for part in parts.values()) if library == "huggingface" else ""
     found: dict[str, Weight] = {}
     used: set[str] = set()
-    for name, other in names.items():
-        for spelling in _spellings(other, base):
+    for name, part in parts.items():
+        for spelling in _spellings(part.name, base):
             if (weight := weights.named(spelling)) is not None:
-                found[name] = weight
+                found[name] = taken(weight, part)
                 used.add(spelling)
                 break
     return replace(weights, tensors={n: w for n, w in weights.tensors.items() if n not in used} | found)
@@ -254,7 +256,7 @@ def _other_names(model: nn.Module) -> dict[str, list[str]]:
 def _nothing_fits(
     weights: Weights,
     shapes: Mapping[str, tuple[int, ...]],
-    foreign: Iterable[Mapping[str, str]],
+    foreign: Iterable[Names],
     refused: Mapping[str, str],
 ) -> str:
     """Return what to do where no name and shape is the model's, under its own names or another library's.
@@ -263,7 +265,10 @@ def _nothing_fits(
     """
     what = f"{weights.origin}: none of its {len(weights.tensors)} tensors has a name and shape of the model's"
     counts: Counter[str] = Counter()
-    theirs = [{other: shapes[name] for name, other in names.items() if name in shapes} for names in foreign]
+    theirs = [
+        {(part := part_of(other)).name: part.whole(shapes[name]) for name, other in names.items() if name in shapes}
+        for names in foreign
+    ]
     for named in (shapes, *theirs):
         for change in _changes(weights, named):
             changed = renamed(weights, change).tensors

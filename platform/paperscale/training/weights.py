@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from paperscale.errors import UserError
+from paperscale.nn.exchange import Part
 from paperscale.training.checkpoint import MANIFEST, read_manifest
 from paperscale.training.pieces import persistent_buffers, piece_of
 from paperscale.training.tensorfile import TensorReader
@@ -161,6 +162,40 @@ def _held(tensor: Tensor) -> Weight:
         return tensor.detach().reshape(-1)[start:stop]
 
     return Weight(tuple(tensor.shape), tensor.dtype, read)
+
+
+def taken(weight: Weight, part: Part) -> Weight:
+    """Return a part of another library's tensor; the tensor itself where it cannot be divided so.
+
+    Of a transposed one everything is read for any elements: they are apart in it.
+    """
+    turned = weight.shape[::-1] if part.transposed else weight.shape
+    if part == Part(part.name) or not turned or turned[0] % part.of:
+        return weight
+    shape = (turned[0] // part.of, *turned[1:])
+    first = part.number * math.prod(shape)
+
+    def read(start: int, stop: int) -> Tensor:
+        if not part.transposed:
+            return weight.read(first + start, first + stop)
+        return _turned(weight.read(0, weight.numel).view(weight.shape)).reshape(-1)[first + start : first + stop]
+
+    return replace(weight, shape=shape, read=read)
+
+
+def joined(parts: Sequence[Weight], transposed: bool) -> Weight:
+    """Return the other library's tensor of which these are the parts, in their order; see :func:`taken`."""
+    shape = (sum(weight.shape[0] for weight in parts), *parts[0].shape[1:])
+
+    def read(start: int, stop: int) -> Tensor:
+        whole = torch.cat([weight.read(0, weight.numel).view(weight.shape) for weight in parts])
+        return (_turned(whole) if transposed else whole).reshape(-1)[start:stop]
+
+    return replace(parts[0], shape=shape[::-1] if transposed else shape, read=read)
+
+
+def _turned(tensor: Tensor) -> Tensor:
+    return tensor.permute(*reversed(range(tensor.dim())))
 
 
 def mean(several: Sequence[Weights]) -> Weights:
