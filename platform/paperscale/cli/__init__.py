@@ -19,6 +19,7 @@ _OPEN_ENDED = (
     "validate",
     "test",
     "predict",
+    "generate",
     "submit",
     "resume",
     "lr-find",

@@ -1,4 +1,4 @@
-"""Commands that train: fit, validate, test, predict, submit."""
+"""Commands that train, and use what was trained: fit, validate, test, predict, generate, submit."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from paperscale.cli.options import (
     complete_clusters,
     complete_recipes,
     complete_runs,
+    position,
     positive,
     print_json,
     recipe_argument,
     shape_options,
     strategy_option,
+    tell,
     typed,
     with_strategy,
 )
 from paperscale.errors import FINISHED, UserError
 
 if TYPE_CHECKING:
+    from paperscale.jobs.run import Run
     from paperscale.jobs.submit import Shape, Turn
     from paperscale.recipes import RecipeArguments
 
@@ -45,6 +48,7 @@ def add_commands(add: Add) -> None:
         evaluation = add(name, run_evaluate, help)
         recipe_argument(evaluation, f"RUN or {keys}")
         _evaluation_options(evaluation)
+    _add_generate(add("generate", run_generate, "let a run's language model write"), keys)
     rate = add("lr-find", run_lr_find, "find a learning rate for a recipe, here, in a hundred steps")
     recipe_argument(rate, keys, complete_recipes)
     rate.add_argument("--min-lr", type=float, default=1e-8, help="learning rate of the first step (default: 1e-8)")
@@ -78,9 +82,31 @@ def add_commands(add: Add) -> None:
     )
 
 
-def _evaluation_options(parser: Parser) -> None:
+def _add_generate(parser: Parser, keys: str) -> None:
+    recipe_argument(parser, f"RUN or {keys}")
+    help = "what the text begins with; again for a further text (default: the beginning of a document)"
+    parser.add_argument("--prompt", dest="prompts", action="append", default=[], metavar="TEXT", help=help)
+    parser.add_argument("--tokens", type=positive, default=200, metavar="N", help="to add at most (default 200)")
+    help = "below 1 prefers likely tokens, 0 takes the most likely (default 1)"
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help=help)
+    parser.add_argument("--top-k", type=positive, metavar="K", help="draw from the K most likely tokens")
+    help = "draw from the fewest tokens whose probabilities sum to P"
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help=help)
+    parser.add_argument("--seed", type=position, default=0, metavar="S", help="of what is drawn (default 0)")
+    parser.add_argument("--count", type=positive, default=1, metavar="C", help="texts for each prompt (default 1)")
+    help = "a tokenizer.json in place of the data set's, as for weights from elsewhere"
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help=help)
+    _checkpoint_option(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _checkpoint_option(parser: Parser) -> None:
     which = "best, last, a step, a checkpoint's folder or a file of weights (default: the run's newest that verifies)"
     parser.add_argument("--checkpoint", metavar="NAME", help=which)
+
+
+def _evaluation_options(parser: Parser) -> None:
+    _checkpoint_option(parser)
     others = "average the scores with those of another run (also @best, @STEP); again for a further one"
     parser.add_argument("--with", dest="others", action="append", default=[], metavar="RUN", help=others).completer = (  # type: ignore[attr-defined]
         complete_runs
@@ -151,16 +177,21 @@ def run_lr_find(args: argparse.Namespace) -> int:
     return FINISHED
 
 
-def run_evaluate(args: argparse.Namespace) -> int:
-    """Validate, test or predict."""
+def _run_and_recipe(words: list[str]) -> tuple[Run | None, RecipeArguments]:
+    """Return the run that the first word names, and the recipe: the run's, or the one that is named."""
     from paperscale.jobs.run import find_run, runs_dir
     from paperscale.recipes import RecipeArguments, all_recipes
 
-    first, rest = args.recipe[0], args.recipe[1:]
+    first, rest = words[0], words[1:]
     is_run = (runs_dir() / first / "run.json").exists()
     is_recipe = not is_run and (first in all_recipes() or first.endswith((".yaml", ".yml")))
     run = None if is_recipe else find_run(first)
-    recipe = RecipeArguments.parse([str(run.recipe) if run else first, *rest])
+    return run, RecipeArguments.parse([str(run.recipe) if run else first, *rest])
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    """Validate, test or predict."""
+    run, recipe = _run_and_recipe(args.recipe)
     from paperscale.jobs.evaluate import Request, evaluate
 
     request = Request(args.words[0], recipe, run, args.checkpoint, args.others)
@@ -169,13 +200,34 @@ def run_evaluate(args: argparse.Namespace) -> int:
         print_json(found)
         return FINISHED
     averages = {"weights": found["weights"]} if found["weights"] != "trained" else {}
-    ensemble = {"ensemble of": ", ".join([first, *args.others])} if args.others else {}
+    ensemble = {"ensemble of": ", ".join([args.recipe[0], *args.others])} if args.others else {}
     facts = {"step": found["step"], **averages, **ensemble}
     facts |= {key: found.get(key) for key in ("reproduces", "predictions", "file")}
     lines = {name: value for name, value in {**found.get("metrics", {}), **facts}.items() if value is not None}
     width = max(16, *map(len, lines))
     for name, value in lines.items():
         print(f"{name:{width}} {value:.4f}" if isinstance(value, float) else f"{name:{width}} {value}")
+    return FINISHED
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    """Let a language model write: the texts to stdout, whose they are to stderr."""
+    run, recipe = _run_and_recipe(args.recipe)
+    from paperscale.jobs.evaluate import Request
+    from paperscale.jobs.generating import generate
+    from paperscale.nn.sampling import Sampling
+
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    request = Request("generate from", recipe, run, args.checkpoint)
+    found = generate(request, args.prompts, args.count, args.tokens, sampling, args.tokenizer)
+    if args.json:
+        print_json(found)
+        return FINISHED
+    tell(found["checkpoint"] if found["step"] is None else f"step {found['step']} of {args.recipe[0]}")
+    for number, text in enumerate(found["texts"], start=1):
+        if len(found["texts"]) > 1:
+            print(f"{'' if number == 1 else chr(10)}--- {number}")
+        print(text["prompt"] + text["text"])
     return FINISHED
 
 

@@ -178,6 +178,14 @@ class TokenBlocks(TokenStream):
         offsets = np.append(begins, batch["position"].numel())
         return {**batch, "offsets": torch.from_numpy(offsets.astype(np.int32)), "lengths": np.diff(offsets).tolist()}
 
+    def full_batch(self, samples: int) -> Batch | None:
+        """Return blocks of one document each where documents are told apart; ``None`` where blocks are all alike."""
+        if not self.segments:
+            return None
+        batch = {name: torch.zeros_like(tensor) for name, tensor in self.allocate(samples, True).items()}
+        batch["position"] += torch.arange(self.length)
+        return self.assembled({**batch, "sample": torch.zeros(samples, dtype=torch.int64)}, None)
+
     def _mark(self, ends: NDArray[np.int64], batch: dict[str, NDArray[np.int64]], row: int) -> None:
         """Number the documents of a row, and the places in each."""
         starts = np.concatenate([[0], ends[ends < self.length]])

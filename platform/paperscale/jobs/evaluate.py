@@ -44,7 +44,7 @@ class Request:
     """What is to be evaluated.
 
     Attributes:
-        stage: ``validate``, ``test`` or ``predict``.
+        stage: ``validate``, ``test`` or ``predict``; what is to be done, in messages.
         recipe: of the model and the data.
         run: whose checkpoint and folder are used; ``None`` where ``checkpoint`` says where the weights are.
         checkpoint: ``best``, ``last`` (the default) or a step of the run; or the folder of a checkpoint, or a file of
@@ -82,11 +82,11 @@ def evaluate(request: Request, progress: bool = False) -> dict[str, Any]:
     Raises:
         UserError: there is no checkpoint, it does not verify, or it does not fit; or networks cannot be averaged.
     """
-    source = _source(request)
+    source = source_of(request)
     others = _others(request, source)
     _use_code([*others.values()], request.run)
-    loaded = {text: _load(RecipeCLI([f"--config={folder / RECIPE}"]), folder) for text, folder in others.items()}
-    cli, facts = _load(RecipeCLI(request.recipe.to_cli()), source)
+    loaded = {text: load(RecipeCLI([f"--config={folder / RECIPE}"]), folder) for text, folder in others.items()}
+    cli, facts = load(RecipeCLI(request.recipe.to_cli()), source)
     if others:
         _join(cli, request.run.name if request.run else str(source), {text: one for text, (one, _) in loaded.items()})
     found = {"stage": request.stage, **_asked(request), **facts}
@@ -104,8 +104,12 @@ def evaluate(request: Request, progress: bool = False) -> dict[str, Any]:
 # -- the weights -------------------------------------------------------------------------------------------
 
 
-def _source(request: Request) -> Path:
-    """Return the checkpoint's folder or the file that is meant."""
+def source_of(request: Request) -> Path:
+    """Return the checkpoint's folder or the file that is meant.
+
+    Raises:
+        UserError: there is none, or it does not verify.
+    """
     path = Path(request.checkpoint or "").absolute()
     if request.checkpoint and (path / MANIFEST).exists():
         return find(str(path))
@@ -149,7 +153,7 @@ def _use_code(others: list[Path], first: Run | None) -> None:
             snapshot.use(run)
 
 
-def _load(cli: RecipeCLI, source: Path) -> tuple[RecipeCLI, dict[str, Any]]:
+def load(cli: RecipeCLI, source: Path) -> tuple[RecipeCLI, dict[str, Any]]:
     """Give a recipe's model its weights; return what they are.
 
     Raises:
