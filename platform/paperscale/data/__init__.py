@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from paperscale.data.images import ImageShards
     from paperscale.data.pairs import SegmentPairs
+    from paperscale.data.questions import Questions
     from paperscale.data.stream import ShardStream
+    from paperscale.data.tagged import TaggedWords
     from paperscale.data.tasks import Choices, LabelledText
     from paperscale.data.text import TokenBlocks, TokenDocuments
     from paperscale.data.webdataset import WebDatasetStream
@@ -19,9 +21,11 @@ __all__ = [
     "Choices",
     "ImageShards",
     "LabelledText",
+    "Questions",
     "SegmentPairs",
     "ShardStream",
     "ShardWriter",
+    "TaggedWords",
     "TokenBlocks",
     "TokenDocuments",
     "WebDatasetStream",
@@ -31,9 +35,11 @@ _HOME = {
     "Choices": "tasks",
     "ImageShards": "images",
     "LabelledText": "tasks",
+    "Questions": "questions",
     "SegmentPairs": "pairs",
     "ShardStream": "stream",
     "ShardWriter": "writer",
+    "TaggedWords": "tagged",
     "TokenBlocks": "text",
     "TokenDocuments": "text",
     "WebDatasetStream": "webdataset",

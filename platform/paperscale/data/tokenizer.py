@@ -149,6 +149,14 @@ class Tokenizer:
         found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in found]
 
+    def encode_in_place(self, texts: Sequence[str]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Return the tokens of each text, and the characters that each token stands for: int64 [tokens, 2], from, to.
+
+        What a tokenizer leaves out or changes, such as spaces and accents, does not move the characters.
+        """
+        found = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [(np.array(e.ids, np.int64), np.array(e.offsets, np.int64).reshape(-1, 2)) for e in found]
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens; special tokens are left out."""
         if self.is_bytes:
