@@ -27,7 +27,6 @@ from paperscale.data.packing import Example, Tokens, framed
 from paperscale.data.rawtext import RawTextStream
 from paperscale.data.shards import ShardSet
 from paperscale.data.stream import Batch, at_least
-from paperscale.errors import UserError
 
 _FRAME = 3  # [CLS], [SEP] and [SEP]
 _LENGTH_COUNTS = 0.01
@@ -43,11 +42,9 @@ class Questions(RawTextStream):
         length: tokens of a sequence at most.
         tokenizer: that of the pre-training, see :class:`~paperscale.data.rawtext.RawTextStream`.
         stride: tokens from a window's beginning to the next one's.
-        question_length: tokens of a question at most; the rest is cut off.
+        question_length: tokens of a question at most, and no more than half of what a sequence holds; the rest is cut
+            off.
         stream: the further arguments of :class:`~paperscale.data.tasks.TaskStream`.
-
-    Raises:
-        UserError: a question of the greatest length leaves no room for a passage.
     """
 
     made_by = "`paperscale data prepare squad-1.1` makes"
@@ -65,12 +62,7 @@ class Questions(RawTextStream):
     ):
         super().__init__(path, global_batch_size, length, tokenizer, **stream)
         at_least(1, stride=stride, question_length=question_length)
-        if question_length + _FRAME >= length:
-            raise UserError(
-                f"data.question_length={question_length} leaves no room for a passage in data.length={length}; "
-                f"raise data.length to {2 * (question_length + _FRAME)} or more, or cut questions shorter"
-            )
-        self.stride, self.question_length = stride, question_length
+        self.stride, self.question_length = stride, min(question_length, (length - _FRAME) // 2)
 
     def _identity(self) -> dict[str, Any]:
         return {**super()._identity(), "stride": self.stride, "question_length": self.question_length}
