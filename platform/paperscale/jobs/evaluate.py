@@ -294,7 +294,10 @@ def _scores(cli: RecipeCLI, trainer: Trainer, stage: str) -> dict[str, float]:
 
 def _predict(cli: RecipeCLI, trainer: Trainer, run: Run | None) -> dict[str, Any]:
     parts: list[Any] = trainer.predict(cli.model, datamodule=cli.datamodule) or []
-    values = torch.cat([part.cpu() for part in parts]).tolist()
+    if parts and isinstance(parts[0], dict):  # by the samples' names, as the scripts of some benchmarks read them
+        values: Any = {name: value for part in parts for name, value in part.items()}
+    else:
+        values = torch.cat([part.cpu() for part in parts]).tolist()
     out = (run.path if run else Path.cwd()) / "predictions.json"
     write_atomically(out, (json.dumps(values) + "\n").encode())
     return {"predictions": len(values), "file": str(out)}
