@@ -74,3 +74,53 @@ def write_text(
         for split, count in (sizes or SIZES).items():
             write_tokens(writer, split, [(split, number) for number in range(count)], encode, size)
     return folder
+
+
+def write_for(class_path: str, folder: Path) -> list[str]:
+    """Write a small set for a DataModule; return the words of the command line that name it."""
+    kind, sizes = class_path.rpartition(".")[2], {"train": 40, "val": 8, "test": 8}
+    if kind == "LabelledText":
+        return [f"data={write_text(folder, labelled, sizes, ['no', 'yes', 'maybe'])}"]
+    if kind == "Choices":
+        return [f"data={write_text(folder, choice, sizes, '0123')}"]
+    if kind in ("Questions", "TaggedWords"):
+        return write_json(kind, folder, sizes)
+    return [f"data={write_text(folder, sizes=sizes)}"]
+
+
+def write_json(kind: str, folder: Path, sizes: dict[str, int]) -> list[str]:
+    """Write a small set of questions or of tagged sentences, and a tokenizer beside it."""
+    import json
+
+    make = question if kind == "Questions" else tagged
+    options = {} if kind == "Questions" else {"classes": TAGS}
+    with ShardWriter(folder, "tiny-json", num_processes=0, **options) as writer:
+        writer.schema = {"json": kind}
+        for split, count in sizes.items():
+            content = [make(split, number) for number in range(count)]
+            writer.write(
+                split, [{"__key__": f"{split}-{n:04d}", "json": json.dumps(c).encode()} for n, c in enumerate(content)]
+            )
+    (beside := folder.with_name(f"{folder.name}-tokenizer.json")).write_text(tokenizer().to_json())
+    return [f"data={folder}", f"data.tokenizer={beside}"]
+
+
+TAGS = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC", "B-MISC", "I-MISC"]
+
+
+def question(split: str, number: int) -> dict[str, Any]:
+    """A passage of ten words, and a question of the word before the answer."""
+    words = [f"w{n}" for n in np.random.default_rng([len(split), number]).integers(5, 200, 10)]
+    passage = " ".join(words)
+    answers = [{"text": words[3], "start": len(" ".join(words[:3])) + 1}]
+    ask = {"id": f"{split}-{number}", "title": "tiny", "question": words[2], "passage": passage}
+    return {**ask, "answers": answers, "impossible": False}
+
+
+def tagged(split: str, number: int) -> dict[str, Any]:
+    """A document of two sentences."""
+    rng = np.random.default_rng([len(split), number])
+    sentences = [
+        {"words": [f"w{n}" for n in rng.integers(5, 200, 6)], "tags": [TAGS[n] for n in (0, 1, 2, 0, 5, 0)]}
+    ] * 2
+    return {"id": f"{split}-{number}", "sentences": sentences}

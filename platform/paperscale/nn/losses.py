@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-_ELEMENTS = 1 << 25  # of the logits that are there at once
+_ELEMENTS = {"cpu": 1 << 21}
+"""Elements of the logits that are there at once: what a core's cache holds."""
+_ON_GPUS = 1 << 25
 
 
 class Entropies(NamedTuple):
@@ -83,7 +84,7 @@ def _chunks(
     differentiate: bool,
 ) -> tuple[Any, ...]:
     """Return loss, entropies, hits and, where they are wanted, the gradients of hidden, weight and bias."""
-    rows = max(1, _ELEMENTS // len(weight))
+    rows = max(1, _ELEMENTS.get(weight.device.type, _ON_GPUS) // len(weight))
     weight_now = weight.to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
     entropies, hits, of_hidden = [], [], []
@@ -94,14 +95,16 @@ def _chunks(
         logits = (x_now @ weight_now.T).to(wide)
         if bias is not None:
             logits += bias
-        hits.append(logits.argmax(1) == y)
-        log_p = F.log_softmax(logits, dim=1)
-        entropies.append(-log_p.gather(1, y[:, None])[:, 0])
+        highest, place = logits.max(1, keepdim=True)
+        hits.append(place[:, 0] == y)
+        of_target = logits.gather(1, y[:, None]) - highest
+        slope = logits.sub_(highest).exp_()
+        total = slope.sum(1, keepdim=True)
+        entropies.append((total.log() - of_target)[:, 0])
         if of_weight is None:
             continue
-        slope = log_p.exp_()
-        slope.scatter_add_(1, y[:, None], torch.full_like(slope[:, :1], -1))
-        slope *= part[:, None]
+        slope *= part[:, None] / total
+        slope.scatter_add_(1, y[:, None], -part[:, None].to(slope.dtype))
         if of_bias is not None:
             of_bias += slope.sum(0)
         slope_now = slope.to(dtype)
