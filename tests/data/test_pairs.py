@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from pathlib import Path
@@ -36,7 +37,7 @@ def stream(path: Path, rank: int = 0, world_size: int = 1, **options: Any) -> Se
 def sequences(batch: dict[str, Any]) -> list[dict[str, Any]]:
     """The sequences of a batch, each with its parts and what it has to predict."""
     found, offsets = [], batch["offsets"].tolist()
-    for row, (start, stop) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for row, (start, stop) in enumerate(itertools.pairwise(offsets)):
         here = (batch["places"] >= start) & (batch["places"] < stop)
         tokens = batch["tokens"][start:stop].clone()
         tokens[batch["places"][here] - start] = batch["targets"][here]

@@ -376,5 +376,5 @@ def test_metrics_that_do_not_fit_are_refused(options, what):
 
 
 def test_a_negative_warm_up_is_refused():
-    with pytest.raises(UserError, match="model.warmup=-1"):
+    with pytest.raises(UserError, match=r"model\.warmup=-1"):
         BertModule(warmup=-1)
