@@ -9,6 +9,7 @@ import pytest
 from cluster.life import at_least, log
 from helpers import losses, trained_samples
 from jobs.conftest import callback, ended
+from paperscale.cli import main
 from paperscale.jobs.drill import preempt
 from paperscale.jobs.run import Run
 from paperscale.jobs.submit import Shape, Turn, submit
@@ -39,9 +40,6 @@ def test_tiny_with_zero_2_on_two_nodes_preempted_and_resumed_on_one(runs: Path, 
     assert isinstance(run, Run)
     at_least(run, 2)
     assert run.info.nodes == 2
-    # As a user would: the job is stopped where it is, and goes on with half of the nodes.
-    from paperscale.cli import main
-
     assert main(["cancel", "tiny", "--save"]) == 0
     ended(run, 120)
     assert main(["resume", "tiny", "--nodes", "1"]) == 0
@@ -83,5 +81,6 @@ def test_the_second_phase_waits_for_the_first_and_begins_with_its_weights(runs: 
     assert isinstance(second, Run)
     assert f"#SBATCH --dependency=afterok:{first.job}" in second.script.read_text()
     assert ended(second, 240) == "finished", log(second)
-    assert f"tensors from {runs / 'phase1/checkpoints/step-00000004'}" in log(second)
+    said = (second.attempts()[0].path / "rank-0.log").read_text()
+    assert f"tensors from {runs / 'phase1/checkpoints/step-00000004'}" in said
     assert losses(second)[0][1] < losses(first)[0][1]
