@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,14 @@ def test_targets_and_segments(articles):
         last = np.isin(places + 1, ends)
         assert np.array_equal(batch["targets"][row], np.where(last, -100, text[places + 1]))
     assert batch["segment"].max() > 0
+    tokens = batch["tokens"].flatten()
+    parts = [tokens[a:b] for a, b in pairwise(batch["offsets"].tolist())]
+    assert [len(part) for part in parts] == batch["lengths"]
+    numbers = (512 * np.arange(16)[:, None] + batch["segment"].numpy()).ravel()
+    assert [part.tolist() for part in parts] == [tokens[numbers == n].tolist() for n in np.unique(numbers)]
+    full = stream.full_batch(3)
+    assert (full["lengths"], full["offsets"].tolist()) == ([512] * 3, [0, 512, 1024, 1536])
+    assert full["position"].tolist() == [list(range(512))] * 3
 
 
 @pytest.mark.parametrize("world", [1, 3])

@@ -42,6 +42,16 @@ def test_byte_level_tokens_are_the_text(kind):
     assert [tokenizer.decode(tokens) for tokens in tokenizer.encode(texts)] == texts
 
 
+@pytest.mark.parametrize("kind", ["bpe", "bytes"])
+def test_the_bytes_of_byte_level_tokens_are_counted(kind):
+    tokenizer = train(kind, TEXTS, 400)
+    sizes = tokenizer.sizes()
+    for text in (*TEXTS[:5], "  über 数 🦊\n\n"):
+        assert sizes[tokenizer.encode([text])[0]].sum() == len(text.encode())
+    assert [sizes[number] for number in tokenizer.special.values()] == [0] * len(tokenizer.special)
+    assert train("wordpiece", TEXTS, 400).sizes() is None
+
+
 def test_byte_tokens_are_the_bytes():
     tokenizer = train("bytes", [], 0)
     assert tokenizer.vocab_size == 256
