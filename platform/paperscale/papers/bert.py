@@ -382,8 +382,10 @@ class BertModule(LightningModule):
 
     @property
     def bert(self) -> Bert:
-        """Return the encoder."""
-        return self.network.bert  # type: ignore[union-attr,return-value]
+        """Return the encoder, of an ensemble the first one's."""
+        network: Any = self.network
+        found: Bert = getattr(network, "networks", [network])[0].bert
+        return found
 
     def setup(self, stage: str) -> None:
         """Refuse data that does not fit the network."""

@@ -77,12 +77,6 @@ class TaskModule(BertModule):
     huggingface_class = ""
     huggingface_output = ""
 
-    @property
-    def bert(self) -> Bert:
-        """Return the encoder, of an ensemble the first one's."""
-        found: Bert = getattr(self.network, "networks", [self.network])[0].bert
-        return found
-
     def scores(self, stage: str) -> Any:
         """Return the metric of ``val`` or ``test``."""
         return getattr(self, f"{stage}_scores")
