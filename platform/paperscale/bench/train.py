@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from paperscale.bench.report import spread
 from paperscale.bench.step import write_run
 from paperscale.bench.step_works import QUICK
 from paperscale.bench.train_works import CLASSES, NETWORKS, SGD, Work, write_pictures
-from paperscale.bench.trainings import Goal, lines_of, measured_in_turns, worst
+from paperscale.bench.trainings import Goal, Plan, worst
 from paperscale.bench.turns import as_markdown, as_table, chosen, made_by, run_in_turns
 from paperscale.errors import UserError
 
@@ -115,12 +114,21 @@ def run(options: argparse.Namespace) -> int:
 
     on_gpu = torch.cuda.is_available()
     works = _works(options, on_gpu)
-    rounds = 1 if options.quick else options.rounds
-    ways = [way for way in WAYS if on_gpu or way != "ours-compile"]
-    total = len(works) * lines_of(ways, rounds)
-    return run_in_turns(
-        options, "train", total, lambda done: measure(works, ways, rounds, options.quick, done), _show, markdown
+    plan = Plan(
+        "paperscale.bench.train_rank",
+        works,
+        [way for way in WAYS if on_gpu or way != "ours-compile"],
+        1 if options.quick else options.rounds,
+        Case,
+        lambda folder: write_pictures(folder, max(w.batch_size * (w.warm_up + w.steps + 1) for w in works)),
+        lambda folder, work, shards: _prepare(folder, work, plan.ways, shards),
     )
+
+    def measure(progress: Callable[[int], None]) -> Results:
+        cases, pictures = plan.measure(progress)
+        return Results(rounds=plan.rounds, quick=options.quick, pictures=pictures, cases=cases)
+
+    return run_in_turns(options, "train", plan.lines, measure, _show, markdown)
 
 
 def _works(options: argparse.Namespace, on_gpu: bool) -> list[Work]:
@@ -138,43 +146,6 @@ def _works(options: argparse.Namespace, on_gpu: bool) -> list[Work]:
         for network in networks
         for batch in map(int, texts)
     ]
-
-
-# -- the process ---------------------------------------------------------------------------------------------
-
-
-def measure(
-    works: Sequence[Work],
-    ways: Sequence[str],
-    rounds: int,
-    quick: bool = False,
-    progress: Callable[[int], None] = lambda done: None,
-) -> Results:
-    """Return the figures of every work, each in a process of its own, in which the ways take turns.
-
-    Args:
-        works: what is trained.
-        ways: some of :data:`WAYS`.
-        rounds: of every way.
-        quick: whether it is only tried.
-        progress: called with the number of trainings that are done.
-
-    Raises:
-        UserError: a process does not get to its end.
-    """
-    with tempfile.TemporaryDirectory(prefix="paperscale-bench-") as folder:
-        shards = Path(folder) / "pictures"
-        pictures = write_pictures(shards, max(work.batch_size * (work.warm_up + work.steps + 1) for work in works))
-        cases = measured_in_turns(
-            "paperscale.bench.train_rank",
-            works,
-            ways,
-            rounds,
-            Case,
-            lambda into, work: _prepare(into, work, ways, shards),
-            progress,
-        )
-    return Results(rounds=rounds, quick=quick, pictures=pictures, cases=cases)
 
 
 def _prepare(folder: Path, work: Work, ways: Sequence[str], shards: Path) -> None:

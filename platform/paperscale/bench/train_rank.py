@@ -21,17 +21,9 @@ from paperscale.bench.trainings_rank import Train, begin, name_of, take_turns
 
 
 class Ways(trainings_rank.Ways):
-    """The ways to train a work.
+    """The ways to train a work."""
 
-    Args:
-        folder: of the runs.
-        work: what is trained.
-        device: of this process.
-    """
-
-    def __init__(self, folder: Path, work: Work, device: torch.device):
-        super().__init__(folder, device)
-        self.work = work
+    work: Work
 
     def all(self) -> dict[str, Train]:
         """Return each way's training: the hand-written loop, and those that have a run."""

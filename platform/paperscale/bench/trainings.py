@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from paperscale.bench.ranks import run_ranks
 from paperscale.bench.report import hardware
@@ -141,47 +142,63 @@ class Results:
 C = TypeVar("C", bound=Case)
 
 
-def lines_of(ways: Sequence[str], rounds: int) -> int:
-    """Return the lines that the process of a work writes."""
-    return 1 + (1 + rounds) * len(ways)
+@dataclass(frozen=True)
+class Plan(Generic[C]):
+    """What is measured: every work in a process of its own, in which the ways take turns.
 
-
-def measured_in_turns(
-    module: str,
-    works: Sequence[Any],
-    ways: Sequence[str],
-    rounds: int,
-    make: Callable[..., C],
-    prepare: Callable[[Path, Any], None],
-    progress: Callable[[int], None],
-) -> list[C]:
-    """Measure every work in a process of its own, in which the ways take turns.
-
-    Args:
+    Attributes:
         module: of the process: ``python -m MODULE FOLDER WORK ROUNDS``, see :mod:`paperscale.bench.trainings_rank`.
         works: have ``to_json``.
         ways: of the trainings.
         rounds: of every way.
-        make: makes a case of a work and the facts that the process begins with.
-        prepare: writes the runs of a work into a folder.
-        progress: called with the number of trainings that are done.
-
-    Raises:
-        UserError: a process does not get to its end.
+        case: makes a case of a work and the facts that the process begins with.
+        write_set: writes the set that all train on into a folder; returns what it is.
+        write_runs: writes the runs of a work into a folder; is given the set's too.
     """
-    cases: list[C] = []
-    for number, work in enumerate(works):
-        before = number * lines_of(ways, rounds)
+
+    module: str
+    works: Sequence[Any]
+    ways: Sequence[str]
+    rounds: int
+    case: Callable[..., C]
+    write_set: Callable[[Path], str]
+    write_runs: Callable[[Path, Any, Path], None]
+
+    @property
+    def lines(self) -> int:
+        """Return the lines that all processes write."""
+        return len(self.works) * self._lines_of_work
+
+    @property
+    def _lines_of_work(self) -> int:
+        return 1 + (1 + self.rounds) * len(self.ways)
+
+    def measure(self, progress: Callable[[int], None]) -> tuple[list[C], str]:
+        """Return a case of each work, and what the set is.
+
+        Args:
+            progress: called with the number of lines that are there.
+
+        Raises:
+            UserError: a process does not get to its end.
+        """
+        with tempfile.TemporaryDirectory(prefix="paperscale-bench-") as folder:
+            shards = Path(folder) / "set"
+            what = self.write_set(shards)
+            return [self._measured(number, shards, progress) for number in range(len(self.works))], what
+
+    def _measured(self, number: int, shards: Path, progress: Callable[[int], None]) -> C:
+        work, before = self.works[number], number * self._lines_of_work
         ((facts, *rows),) = run_ranks(
-            module,
+            self.module,
             1,
-            [work.to_json(), str(rounds)],
+            [work.to_json(), str(self.rounds)],
             threads=int(hardware()["cores"]),
-            progress=lambda done, before=before: progress(before + done),  # type: ignore[misc]
-            prepare=lambda into, work=work: prepare(into, work),  # type: ignore[misc]
+            progress=lambda done: progress(before + done),
+            prepare=lambda into: self.write_runs(into, work, shards),
             limit_s=_LIMIT_S,
         )
-        cases.append(make(work=work, **facts))
+        case = self.case(work=work, **facts)
         for row in rows:
-            cases[-1].add(row)
-    return cases
+            case.add(row)
+        return case

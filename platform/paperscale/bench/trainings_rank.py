@@ -33,11 +33,12 @@ class Ways:
 
     Args:
         folder: of the runs.
+        work: what is trained.
         device: of this process.
     """
 
-    def __init__(self, folder: Path, device: torch.device):
-        self.folder, self.device = folder, device
+    def __init__(self, folder: Path, work: Any, device: torch.device):
+        self.folder, self.work, self.device = folder, work, device
         self.clock = Clock(device)
         self._trainings = 0
 

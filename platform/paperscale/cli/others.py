@@ -67,6 +67,14 @@ def _add_bench(bench: Parser) -> None:
     train = _in_turns(actions, "train", help, 3, "one round of 3 steps on small images", run_bench_train)
     train.add_argument("--networks", metavar="NETWORK,...", help="default on a GPU resnet50,resnet152, else resnet18")
     train.add_argument("--batch-sizes", metavar="N,...", help="default on a GPU 128,256, else 16")
+    help = "tokens per second of BERT's pre-training, beside transformers and a hand-written loop"
+    bert = _in_turns(actions, "bert", help, 3, "one round of 3 steps of few sequences", run_bench_bert)
+    bert.add_argument(
+        "--works",
+        metavar="WORK,...",
+        help="some of tiny-128,small-128,base-128,large-128,large-512 (default on a GPU the last two, else the first)",
+    )
+    bert.add_argument("--precision", metavar="NAME", help="32-true or bf16-mixed (default on a GPU the latter)")
     help = "what writing a divided checkpoint's weights as one file takes"
     consolidate = actions.add_parser("consolidate", help=help, allow_abbrev=False)
     consolidate.add_argument(
@@ -150,6 +158,13 @@ def run_bench_step(args: argparse.Namespace) -> int:
 def run_bench_train(args: argparse.Namespace) -> int:
     """Measure how fast ResNets train."""
     from paperscale.bench.train import run
+
+    return run(args)
+
+
+def run_bench_bert(args: argparse.Namespace) -> int:
+    """Measure how fast BERT is pre-trained."""
+    from paperscale.bench.bert import run
 
     return run(args)
 
