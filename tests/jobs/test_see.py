@@ -46,6 +46,17 @@ def some(runs: Path) -> Path:
     return runs
 
 
+@pytest.mark.parametrize(("metric", "best_first"), [("val/accuracy", "yxz"), ("val/loss", "xyz"), ("val/f1", "yzx")])
+def test_runs_are_sorted_by_a_result_the_best_first(runs, metric, best_first, capsys):
+    found = {"x": {"val/accuracy": 0.7, "val/loss": 1.0}, "y": {"val/accuracy": 0.8, "val/loss": 2.0, "val/f1": 0.5}}
+    for number, name in enumerate("xyz"):
+        files = {"results.json": found.get(name, {})}
+        write_run(runs, name, engine="local", created=time.time() - 60 + number, files=files)
+    listed = names("--sort", metric, capsys=capsys)
+    known = [name for name in listed if metric in found.get(name, {})]
+    assert listed[: len(known)] == known == [name for name in best_first if metric in found.get(name, {})]
+
+
 def names(*words: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
     assert main(["runs", *words, "--json"]) == 0
     return [row["name"] for row in json.loads(capsys.readouterr().out)]

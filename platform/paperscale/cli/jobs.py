@@ -39,6 +39,10 @@ _LESS_IMPORTANT = ("cluster", "attempts", "loss", "created")
 _SORTS = ("created", "name", "recipe", "cluster", "state", "attempts", "step", "loss")
 
 
+def _sorts(**_: Any) -> tuple[str, ...]:
+    return _SORTS
+
+
 def add_commands(add: Add) -> None:
     """Add the commands."""
     resume = add("resume", run_resume, "continue a run, on another number of nodes or with another strategy if asked")
@@ -88,7 +92,8 @@ def _add_runs(runs: Parser) -> None:
     runs.add_argument("--group", help="of this sweep").completer = complete_groups  # type: ignore[attr-defined]
     runs.add_argument("--recipe", help="of this recipe").completer = complete_recipes  # type: ignore[attr-defined]
     runs.add_argument("--since", metavar="WHEN", help="created within 12h, 2d, 1w, or since a date")
-    runs.add_argument("--sort", choices=_SORTS, default="created", help="order (default: created, newest first)")
+    order = f"{', '.join(_SORTS)}, or a result such as val/accuracy (default: created, newest first)"
+    runs.add_argument("--sort", default="created", metavar="COLUMN", help=order).completer = _sorts  # type: ignore[attr-defined]
     runs.add_argument("--reverse", action="store_true", help="turn the order round")
     runs.add_argument("--limit", type=positive, metavar="N", help=f"at most N (default: {_NEWEST} on a terminal)")
     runs.add_argument("--json", action="store_true", help="print JSON")

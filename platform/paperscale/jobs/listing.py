@@ -100,7 +100,7 @@ class Wanted:
         group: name of the sweep; empty for all.
         recipe: name of the recipe; empty for all.
         since: created within this long (``2d``) or since this date; empty for ever.
-        sort: a column, or ``created`` or ``recipe``.
+        sort: a column, or ``created`` or ``recipe``; or a result, such as ``val/accuracy``, the best first.
         reverse: turn the order round.
         limit: at most this many; ``None`` for all.
     """
@@ -116,6 +116,9 @@ class Wanted:
     limit: int | None = None
 
     def __post_init__(self) -> None:
+        if self.sort not in SORTS and "/" not in self.sort:
+            hint = nearest(self.sort, SORTS) or f"; use {', '.join(SORTS)}"
+            raise UserError(f"--sort {self.sort}: no column, and no result such as val/accuracy{hint}")
         for state in self.states:
             if state not in STATES:
                 hint = nearest(state, STATES)
@@ -155,9 +158,20 @@ def listing(wanted: Wanted) -> tuple[list[Row], int]:
     if wanted.states:
         rows = [row for row in rows if row.status.state in wanted.states]
         total = len(rows)
-    key, largest_first = SORTS[wanted.sort]
+    key, largest_first = SORTS.get(wanted.sort) or _by_result(wanted.sort)
     rows.sort(key=key, reverse=largest_first != wanted.reverse)
     return rows[: wanted.limit], total
+
+
+def _by_result(name: str) -> tuple[Callable[[Row], Any], bool]:
+    """Return how runs are sorted by a result: the best first, and those without it last."""
+    sign = 1 if any(word in name for word in ("loss", "perplexity", "error", "bits_per")) else -1
+
+    def key(row: Row) -> float:
+        value = row.status.results.get(name)
+        return sign * value if isinstance(value, (int, float)) and not math.isnan(value) else math.inf
+
+    return key, False
 
 
 def _newest(dated: list[tuple[float, Run]]) -> Iterator[Facts]:
