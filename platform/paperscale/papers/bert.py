@@ -32,6 +32,7 @@ Shapes: T tokens of N sequences, H the hidden size, V the vocabulary, M masked t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -190,6 +191,19 @@ class Bert(nn.Module):
         for layer in self.layers:
             outputs.append(layer(outputs[-1], layout))
         return outputs
+
+    def training_flops(self, lengths: Sequence[int]) -> int:
+        """Return the operations of a training step in the encoder, two for each multiply-add.
+
+        Of a token, 6 for each weight of a product, and 12 L H S for attention over the S tokens of its sequence:
+        forward and backward pass.
+
+        Args:
+            lengths: tokens of each sequence.
+        """
+        layers, hidden, _ = self.size
+        attended = sum(length**2 for length in lengths)
+        return 6 * 12 * layers * hidden**2 * sum(lengths) + 12 * layers * hidden * attended
 
     def huggingface_config(self) -> dict[str, Any]:
         """Return the content of ``config.json`` for transformers' BERT."""
@@ -387,6 +401,10 @@ class BertModule(LightningModule):
         found: Bert = getattr(network, "networks", [network])[0].bert
         return found
 
+    def training_flops(self, batch: dict[str, Any]) -> int:
+        """Return the operations that a training step on a batch needs; a task's layer of few outputs is not counted."""
+        return self.bert.training_flops(batch["lengths"])
+
     def setup(self, stage: str) -> None:
         """Refuse data that does not fit the network."""
         self.check_data(self.trainer.datamodule)  # type: ignore[attr-defined]
@@ -450,6 +468,19 @@ class BertPretraining(BertModule):
                 f"data.objective={data.objective} and model.network.causal={self.bert.causal}: set "
                 f"model.network.causal={str(left_to_right).lower()}"
             )
+
+    def export_config(self, format: str) -> dict[str, Any]:
+        """Return the content of ``config.json``, with the class of transformers' that has these heads."""
+        without_pairs = "BertLMHeadModel" if self.bert.causal else "BertForMaskedLM"
+        kind = without_pairs if self.network.pair is None else "BertForPreTraining"
+        return {**super().export_config(format), "architectures": [kind]}
+
+    def training_flops(self, batch: dict[str, Any]) -> int:
+        """Return the operations that a training step on a batch needs: the output layer at the masked tokens alone."""
+        hidden = self.bert.hidden
+        pooled = 0 if self.network.pair is None else (hidden + 2) * len(batch["lengths"])
+        heads = (hidden + self.bert.vocab_size) * len(batch["places"]) + pooled
+        return super().training_flops(batch) + 6 * hidden * heads
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the loss of one micro-batch."""
