@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,14 +13,20 @@ from paperscale.jobs.environment import JobEnvironment
 from paperscale.training import strategies
 
 
-def trainer_of_rank(strategy: str, callback: Callback) -> Trainer:
-    """Join the other ranks and return a Trainer for one step, without validation and files; seeds the model."""
+def trainer_of_rank(strategy: str, callback: Callback, **settings: Any) -> Trainer:
+    """Join the other ranks and return a Trainer for one step, without validation and files; seeds the model.
+
+    Args:
+        strategy: of several ranks.
+        callback: of the Trainer.
+        settings: further arguments of it; ``max_steps`` for more steps.
+    """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if world_size > 1:
         dist.init_process_group("gloo", rank=rank, world_size=world_size)
     torch.manual_seed(0)
     return Trainer(
-        max_steps=1,
+        **{"max_steps": 1, **settings},
         accelerator="cpu",
         devices=world_size,
         strategy=strategies.make("auto" if world_size == 1 else strategy, world_size),
