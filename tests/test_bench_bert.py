@@ -75,10 +75,10 @@ def test_both_loops_begin_with_the_same_loss_and_the_same_gradient(batch):
 
 
 def test_operations_are_those_that_torch_counts(batch):
-    network = works.pretraining(TINY).network  # with dropout, so that attention is made of products on a CPU
+    module = works.pretraining(TINY)  # with dropout, so that attention is made of products on a CPU
     with FlopCounterMode(display=False) as counter:
-        works.loss_of(network, batch).backward()
-    assert works.flops("tiny", batch["lengths"], len(batch["places"])) == counter.get_total_flops()
+        works.loss_of(module.network, batch).backward()
+    assert module.training_flops(batch) == counter.get_total_flops()
 
 
 def test_without_transformers_its_way_is_left_out_with_a_word(tmp_path, monkeypatch):

@@ -105,6 +105,7 @@ def loaded(kind: str, folder: Path) -> Any:
     """Load with transformers, as anyone would; every name must be there, and no other."""
     model, report = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
+    assert model.config.architectures == [kind]
     return model.eval()
 
 

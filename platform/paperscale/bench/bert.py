@@ -47,7 +47,7 @@ class Case(trainings.Case):
 
     Attributes:
         padding: share of padding in the batches of the padded ways.
-        flops: operations that a step needs, see :func:`~paperscale.bench.bert_works.flops`.
+        flops: operations that a step needs, see :meth:`~paperscale.papers.bert.BertPretraining.training_flops`.
         peak: operations a second that the GPU's data sheet promises; 0 where it is not known.
     """
 

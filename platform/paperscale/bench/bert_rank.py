@@ -24,7 +24,7 @@ from paperscale.bench.bert_works import Work
 from paperscale.bench.ranks import emit
 from paperscale.bench.trainings_rank import Train, begin, name_of, take_turns
 from paperscale.jobs.run import Run
-from paperscale.training.gpus import recognised
+from paperscale.training.meter import peak_rate
 from paperscale.training.recipe import RecipeCLI
 
 _OF_STREAM = ("cursor", "sample")  # where it stands, which no loop in memory needs
@@ -102,18 +102,15 @@ def facts(work: Work, batches: Sequence[dict[str, Any]], device: torch.device) -
     """Return what a step of the work has and needs, the mean of those that count, and what the GPU could compute."""
     counted = [batches[number % len(batches)] for number in range(work.warm_up, work.warm_up + work.steps)]
     lengths = [batch["lengths"] for batch in counted]
-    places = sum(len(of) * max(of) for of in lengths)
-    needed = sum(works.flops(work.size, batch["lengths"], len(batch["places"])) for batch in counted)
-    peak = 0.0
-    if device.type == "cuda":
-        gpu = recognised(name_of(device), torch.cuda.get_device_properties(device).total_memory)
-        peak = gpu.rate("bf16" if work.precision == "bf16-mixed" else "fp32")
+    places = sum(len(of) * max(of) for of in lengths)  # of the padded batches
+    with torch.device("meta"):
+        module = works.pretraining(work)
     return {
         "device": name_of(device),
         "amount": sum(map(sum, lengths)) / work.steps,
         "padding": 1 - sum(map(sum, lengths)) / places,
-        "flops": needed / work.steps,
-        "peak": peak,
+        "flops": sum(map(module.training_flops, counted)) / work.steps,
+        "peak": peak_rate(device, work.precision),
     }
 
 

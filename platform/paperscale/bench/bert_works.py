@@ -19,7 +19,7 @@ from paperscale.data.tokens import Document, TokenSet, write_tokens
 from paperscale.data.writer import ShardWriter
 from paperscale.errors import UserError
 from paperscale.nn.optimizers import decay_groups
-from paperscale.papers.bert import SIZES, Bert, BertPretraining, PretrainingHeads
+from paperscale.papers.bert import Bert, BertPretraining, PretrainingHeads
 
 VOCABULARY = 30522
 """Of the networks, whatever the documents' tokenizer uses of it."""
@@ -69,24 +69,6 @@ class Work:
     def to_json(self) -> str:
         """Return the work for another process."""
         return json.dumps(asdict(self))
-
-
-def flops(size: str, lengths: Sequence[int], masked: int) -> int:
-    """Return the operations that a step of pre-training needs, two for each multiply-add.
-
-    Of each token 6 N of the encoder's N weights in products, and 12 L H S of attention over its S tokens (forward and
-    backward pass); the output layer at the masked tokens alone; the pooler once for each sequence.
-
-    Args:
-        size: of the network.
-        lengths: of the sequences.
-        masked: tokens that are predicted.
-    """
-    layers, hidden, _ = SIZES[size]
-    encoder = 6 * 12 * layers * hidden**2 * sum(lengths)
-    attention = 12 * layers * hidden * sum(length**2 for length in lengths)
-    heads = 6 * hidden * ((hidden + VOCABULARY) * masked + (hidden + 2) * len(lengths))
-    return encoder + attention + heads
 
 
 # -- the networks --------------------------------------------------------------------------------------------
