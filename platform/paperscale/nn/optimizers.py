@@ -325,10 +325,7 @@ class Lamb(LayerwiseOptimizer):
             state.setdefault("step", torch.zeros((), device="cpu")).add_(1)  # there, reading it waits for no GPU
         steps = [float(state["step"]) if group["bias_correction"] else float("inf") for state in states]
         gradients = [_local(parameter.grad) for parameter in parameters]  # type: ignore[arg-type]
-        averages, squares = ([_local(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq"))
-        torch._foreach_lerp_(averages, gradients, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+        averages, squares = _moved_averages(states, gradients, beta1, beta2)
         # r = m / (c1 (sqrt(v / c2) + eps)), in place: a quotient would be another copy of the parameters
         c1, c2 = ([1 - beta**step for step in steps] for beta in (beta1, beta2))
         directions = list(torch._foreach_sqrt(squares))
@@ -406,6 +403,17 @@ class Lars(LayerwiseOptimizer):
         torch._foreach_sub_(work.weights, work.buffers)
 
 
+def _moved_averages(
+    states: list[dict[str, Any]], gradients: list[Tensor], beta1: float, beta2: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Update Adam's running averages of gradients and of their squares, and return them."""
+    averages, squares = ([_local(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq"))
+    torch._foreach_lerp_(averages, gradients, 1 - beta1)
+    torch._foreach_mul_(squares, beta2)
+    torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+    return averages, squares
+
+
 class BertAdam(Optimizer):
     """Adam as BERT's own code has it, without bias correction (Devlin et al. 2019, ``optimization.py``).
 
@@ -464,11 +472,7 @@ class BertAdam(Optimizer):
                     state[name] = torch.zeros_like(parameter)
         weights = [_local(p) for p in parameters]
         gradients = [_local(p.grad) for p in parameters]  # type: ignore[arg-type]
-        averages, squares = ([_local(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq"))
-        beta1, beta2 = group["betas"]
-        torch._foreach_lerp_(averages, gradients, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+        averages, squares = _moved_averages(states, gradients, *group["betas"])
         directions = list(torch._foreach_sqrt(squares))
         torch._foreach_add_(directions, group["eps"])
         torch._foreach_reciprocal_(directions)

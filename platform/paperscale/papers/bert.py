@@ -268,9 +268,11 @@ class PretrainingHeads(nn.Module):
         """Return the cross-entropies at the masked places, and whether B follows A: logits [N, 2]."""
         layout = Layout(batch["lengths"], batch["offsets"])
         hidden_TH = self.bert(batch, layout)
-        return self.places(self.transformed(hidden_TH[batch["places"]]), batch["targets"], batch["share"]), (
-            None if self.pair is None or self.pooler is None else self.pair(self.pooler(hidden_TH, layout))
-        )
+        places = self.places(self.transformed(hidden_TH[batch["places"]]), batch["targets"], batch["share"])
+        return places, self._pairs(hidden_TH, layout)
+
+    def _pairs(self, hidden_TH: Tensor, layout: Layout) -> Tensor | None:
+        return None if self.pair is None or self.pooler is None else self.pair(self.pooler(hidden_TH, layout))
 
     def transformed(self, hidden_MH: Tensor) -> Tensor:
         """Return what the output layer sees: dense, GELU, layer norm."""
@@ -280,8 +282,7 @@ class PretrainingHeads(nn.Module):
         """Return the logits of every token [T, V], and of the pairs [N, 2]."""
         layout = Layout(batch["lengths"], batch["offsets"])
         hidden_TH = self.bert(batch, layout)
-        pairs = None if self.pair is None or self.pooler is None else self.pair(self.pooler(hidden_TH, layout))
-        return self.places(self.transformed(hidden_TH)), pairs
+        return self.places(self.transformed(hidden_TH)), self._pairs(hidden_TH, layout)
 
 
 _HUGGINGFACE = {
