@@ -5,6 +5,7 @@ Shapes: T tokens of all sequences together, N sequences, S tokens of a sequence 
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
@@ -126,13 +127,19 @@ def attention(
         dropout: of the attention's probabilities.
         causal: whether a token sees those before it and itself alone.
     """
-    if query_Thd.is_cuda and query_Thd.dtype in _FLASH:
+    if query_Thd.is_cuda and query_Thd.dtype in _FLASH and query_Thd.shape[2] % 8 == 0 and _has_flash(query_Thd.device):
         ends, longest = layout.offsets, layout.longest
         found = torch.ops.aten._flash_attention_forward(
             query_Thd, key_Thd, value_Thd, ends, ends, longest, longest, dropout, causal, False
         )
         return found[0]
     return _in_groups((query_Thd, key_Thd, value_Thd), layout, dropout, causal)
+
+
+@functools.cache
+def _has_flash(device: torch.device) -> bool:
+    """Return whether a GPU is one that the flash kernel is made for: Ampere and later, or AMD's."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @torch.compiler.disable  # it would be compiled anew for the lengths of each batch
