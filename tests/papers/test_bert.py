@@ -333,6 +333,19 @@ def test_pairs_are_learned_from_the_weights_of_the_pre_training(runs, tmp_path, 
     assert "test/accuracy" in str(read_json(runs / "fine/results.json"))
 
 
+def test_a_set_of_other_tokens_is_refused(runs, tmp_path, text, capsys):
+    """Of another tokenizer of the same size: nothing else would tell."""
+    assert main(["fit", recipe(tmp_path, text, epochs=1), "--name", "pre"]) == 0
+    pairs = write_text(tmp_path / "pairs", labelled, {"train": 40, "val": 8, "test": 8}, ["other", "same"])
+    definition = (pairs / "tokenizer.json").read_text().replace('"w5"', '"other"')
+    (pairs / "tokenizer.json").write_text(definition)
+    path = recipe(tmp_path, pairs, "BertClassifier", "LabelledText", epochs=1)
+    capsys.readouterr()
+    assert main(["fit", path, "--name", "fine", "init_from=pre"]) == 2
+    assert f"--tokenizer {text / 'tokenizer.json'}" in capsys.readouterr().err
+    assert not (runs / "fine").exists()
+
+
 def test_choices_are_scored_beside_each_other(tmp_path):
     path = write_text(tmp_path / "choices", choice, {"train": 40, "val": 10, "test": 10}, "0123")
     from paperscale.data import Choices
