@@ -80,8 +80,9 @@ def find(name: str) -> Path:
         return path
     known = all_overlays() if name.startswith("_") else all_recipes()
     if name not in known:
-        kind = "overlay" if name.startswith("_") else "recipe"
-        raise UserError(f"no {kind} '{name}'{nearest(name, known)}; `paperscale recipes` lists them all")
+        if name.startswith("_"):
+            raise UserError(f"no overlay '{name}'{nearest(name, known)}; there are {', '.join(known)}")
+        raise UserError(f"no recipe '{name}'{nearest(name, known)}; `paperscale recipes` lists them all")
     return known[name]
 
 
@@ -181,6 +182,8 @@ class RecipeArguments:
             else:
                 paths.append(find(word))
                 read(paths[-1])
+        if paths and paths[0].name.startswith("_"):
+            raise UserError(f"{paths[0].stem} changes a part of a recipe: name the recipe before it")
         if not paths:
             raise UserError("name a recipe, for example `resnet20-mnist`; `paperscale recipes` lists them")
         return cls(paths[0], tuple(paths[1:]), tuple(overrides))

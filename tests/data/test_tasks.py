@@ -111,7 +111,7 @@ def test_choices_follow_each_other(tmp_path):
 
 def test_another_number_of_endings_is_named(tmp_path):
     path = write_text(tmp_path / "choices", choice, SIZES, "0123")
-    with pytest.raises(Exception, match=r"4 endings, and data.choices=3"):
+    with pytest.raises(UserError, match=r"4 endings, and data.choices=3; set that"):
         rows(stream(path, Choices, choices=3), 3)
 
 

@@ -260,6 +260,13 @@ def test_networks_and_data_that_do_not_go_together_are_refused(runs, tmp_path, t
         ("data.next_sentence=none", "set model.pairs=false"),
         ("data.objective=left-to-right", "set model.network.causal=true"),
         ("model.network.vocab_size=200", "set model.network.vocab_size=300"),
+        ("model.network.positions=40", "data.length=48 and model.network.positions=40"),
+        ("model.network.layers=0", "model.network.layers must be at least 1"),
+        ("model.lr=-1", "model.lr must be at least 0"),
+        ("model.betas=[2,3]", "two numbers from 0 to below 1"),
+        ("model.power=-1", "model.power must be at least 0"),
+        ("model.warmup=1.5", "a share of the training below 1"),
+        ("data.mask_mix=[1,0]", "give three shares"),
         ("model.network.size=huge", "there are tiny, mini"),
         ("model.network.hidden=30", "30 cannot be divided over 4 heads"),
     ):
@@ -344,6 +351,26 @@ def test_a_set_of_other_tokens_is_refused(runs, tmp_path, text, capsys):
     assert main(["fit", path, "--name", "fine", "init_from=pre"]) == 2
     assert f"--tokenizer {text / 'tokenizer.json'}" in capsys.readouterr().err
     assert not (runs / "fine").exists()
+    assert main(["test", "pre", f"data.path={pairs}"]) == 2
+    assert "is read with others" in capsys.readouterr().err
+
+
+def test_another_number_of_classes_or_endings_is_refused(runs, tmp_path, capsys):
+    pairs = write_text(tmp_path / "pairs", labelled, {"train": 40, "val": 8, "test": 8}, ["other", "same"])
+    path = recipe(tmp_path, pairs, "BertClassifier", "LabelledText", epochs=1)
+    assert main(["fit", path, "--name", "fine", "model.classes=3"]) == 2
+    assert "has 2 classes, and model.classes=3: set it to 2" in capsys.readouterr().err
+    assert not (runs / "fine").exists()
+
+
+def test_weights_of_another_width_are_named_with_both(runs, tmp_path, text, capsys):
+    assert main(["fit", recipe(tmp_path, text, epochs=1), "--name", "pre", "trainer.max_steps=1"]) == 0
+    path = recipe(tmp_path, text, epochs=1)
+    capsys.readouterr()
+    assert main(["fit", path, "--name", "wide", "init_from=pre", "model.network.hidden=64"]) == 2
+    said = capsys.readouterr().err
+    assert "[300, 32], the model" in said
+    assert "[300, 64]" in said
 
 
 def test_choices_are_scored_beside_each_other(tmp_path):

@@ -30,7 +30,7 @@ class Masking(NamedTuple):
     """
 
     rate: float = 0.15
-    mix: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    mix: tuple[float, ...] = (0.8, 0.1, 0.1)
     whole_words: bool = False
     most: int | None = None
 
@@ -42,9 +42,9 @@ class Masking(NamedTuple):
         """
         if not 0 < self.rate < 1:
             raise UserError(f"data.mask_rate={self.rate}: give a share between 0 and 1, such as 0.15")
-        if min(self.mix) < 0 or abs(sum(self.mix) - 1) > 1e-6:
+        if len(self.mix) != 3 or min(self.mix) < 0 or abs(sum(self.mix) - 1) > 1e-6:
             raise UserError(
-                f"data.mask_mix={list(self.mix)}: give the shares of [mask, same, random], which add up to 1, such as "
+                f"data.mask_mix={list(self.mix)}: give three shares, [mask, same, random], which add up to 1, such as "
                 "[0.8, 0.1, 0.1]"
             )
 

@@ -72,7 +72,7 @@ class SegmentPairs(PackedStream):
         next_sentence: str = "random",
         objective: str = "masked",
         mask_rate: float = 0.15,
-        mask_mix: tuple[float, float, float] = (0.8, 0.1, 0.1),
+        mask_mix: Sequence[float] = (0.8, 0.1, 0.1),
         whole_words: bool = False,
         max_predictions: int | None = None,
         short_sequences: float = 0.1,
@@ -88,7 +88,7 @@ class SegmentPairs(PackedStream):
             raise UserError(f"data.short_sequences={short_sequences}: give a share from 0 to 1, such as 0.1")
         self.longest = self.length = length
         self.next_sentence, self.objective = next_sentence, objective
-        self.masking = Masking(mask_rate, tuple(mask_mix), whole_words, max_predictions)  # type: ignore[arg-type]
+        self.masking = Masking(mask_rate, tuple(mask_mix), whole_words, max_predictions)
         self.masking.check()
         self.short_sequences, self.duplicates = short_sequences, duplicates
         self._spans: dict[int, Spans] = {}

@@ -192,11 +192,15 @@ class Choices(TaskStream):
 
         Raises:
             SampleFault: it cannot be read.
-            ValueError: it has another number of endings, or no label.
+            UserError: it has another number of endings.
+            ValueError: it has no label.
         """
         (context, *endings), label = self._tokens[shards].document(shard, row)
         if len(endings) != self.choices:
-            raise ValueError(f"it has {len(endings)} endings, and data.choices={self.choices}")
+            raise UserError(
+                f"{shards.path}: a document has {len(endings)} endings, and data.choices={self.choices}; set that, or "
+                "use a set of choices such as swag"
+            )
         if label is None:
             raise ValueError("it has no label: train and test on splits whose labels are public")
         pairs = [self.framed(context, ending) for ending in endings]

@@ -25,6 +25,7 @@ from paperscale.jobs import snapshot
 from paperscale.jobs.checkpoints import FILES, find
 from paperscale.jobs.environment import JobEnvironment
 from paperscale.jobs.run import Run, read_json
+from paperscale.jobs.vocabulary import check_tokenizer
 from paperscale.jobs.words import duration
 from paperscale.nn.ensemble import Ensemble
 from paperscale.recipes import RecipeArguments
@@ -89,6 +90,7 @@ def evaluate(request: Request, progress: bool = False) -> dict[str, Any]:
     cli, facts = load(RecipeCLI(request.recipe.to_cli()), source)
     if others:
         _join(cli, request.run.name if request.run else str(source), {text: one for text, (one, _) in loaded.items()})
+    check_tokenizer(cli.datamodule, source / RECIPE)
     found = {"stage": request.stage, **_asked(request), **facts}
     found["ensemble"] = [{"name": text, **of} for text, (_, of) in loaded.items()]
     _warn_of_enlarging(cli.datamodule)

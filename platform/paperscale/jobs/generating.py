@@ -51,6 +51,11 @@ def generate(
             f"{type(model).__name__} does not generate text; name a run of a language model, such as gpt-small-enwik8's"
         )
     reader = _tokenizer(cli.datamodule, tokenizer)
+    if (known := getattr(model.network, "vocab_size", None)) is not None and reader.vocab_size > known:
+        raise UserError(
+            f"{reader.name} has {reader.vocab_size} tokens, and the network knows {known}: name the tokenizer that it "
+            "was trained with, or leave --tokenizer out"
+        )
     end = _end(reader)
     begun = [_encoded(reader, prompt, end) for prompt in prompts or [""] for _ in range(count)]
     found = model.to(cli.device).generate(begun, tokens=tokens, sampling=sampling, end=end)

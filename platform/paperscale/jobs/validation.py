@@ -11,16 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paperscale.data.shards import MANIFEST
-from paperscale.data.tokenizer import FILE as TOKENIZER
-from paperscale.data.tokenizer import Tokenizer
 from paperscale.errors import UserError
 from paperscale.jobs import snapshot
 from paperscale.jobs.profile import Profile
 from paperscale.jobs.run import Run
 from paperscale.jobs.strategy_checks import check_optimizers, check_options, check_strategy
 from paperscale.jobs.units import size_bytes
-from paperscale.recipes import RecipeArguments, parse_yaml
+from paperscale.jobs.vocabulary import check_tokenizer, missing
+from paperscale.recipes import RecipeArguments
 from paperscale.training.checkpoint import RECIPE
 from paperscale.training.sharding import Sharding
 
@@ -184,7 +182,7 @@ class Validator:
             cli.datamodule.check()
         with contextlib.nullcontext() if self.with_data else contextlib.suppress(UserError):
             _check_classes(cli)
-            if (check := getattr(cli.model, "check_data", None)) and not _missing(cli.datamodule):
+            if (check := getattr(cli.model, "check_data", None)) and not missing(cli.datamodule):
                 check(cli.datamodule)
         try:
             cli.datamodule.accumulate(self.place.world_size)
@@ -231,11 +229,16 @@ class Validator:
 
         if self.earlier and self._promised(cli.config.init_from):
             fits = match(cli.model, renamed(_weights_to_come(self.earlier), cli.config.init_prefix))
-            _check_tokenizer(cli.datamodule, self.earlier.recipe)
+            check_tokenizer(cli.datamodule, self.earlier.recipe)
         else:
             source = self._initial_from(cli.config.init_from)
             fits = matched(cli.model, source, cli.config.init_prefix)
-            _check_tokenizer(cli.datamodule, source / RECIPE)
+            check_tokenizer(cli.datamodule, source / RECIPE)
+        if len(fits.other_shape) > len(fits.found):
+            raise UserError(
+                f"init_from: {fits} ({fits.other_shape[0]}): they are of a network of another size; make model.network "
+                "the same"
+            )
         if not fits.is_whole:
             self._warnings[f"init_from: {fits}; the log names them"] = None
 
@@ -307,36 +310,6 @@ class Validator:
                 f"of it for {found.samples} samples a pass: set data.micro_batch_size below {found.samples}, or "
                 "speed.activation_checkpointing=blocks"
             ] = None
-
-
-def _check_tokenizer(datamodule: Any, recipe: Path) -> None:
-    """Refuse a set whose tokens have other numbers than those that weights were trained on, as far as that is known.
-
-    Args:
-        datamodule: of the new run.
-        recipe: that the weights were trained with; there is none beside those of other libraries.
-
-    Raises:
-        UserError: names both tokenizers.
-    """
-    if not recipe.is_file() or not hasattr(datamodule, "tokenizer") or _missing(datamodule):
-        return
-    trained = parse_yaml(recipe.read_text()).get("data", {}).get("init_args", {})
-    where = trained.get("tokenizer") or trained.get("path") or ""
-    where = str(where[0] if isinstance(where, list) else where)
-    file = Path(where) if where.endswith(".json") else Path(where) / TOKENIZER
-    if not file.is_file() or not getattr(datamodule, "has_tokenizer", True):
-        return
-    if Tokenizer.load(file).to_json() != datamodule.tokenizer().to_json():
-        raise UserError(
-            f"init_from: the weights know the tokens of {file}, and {datamodule.paths[0]} has others: prepare it anew "
-            f"with `paperscale data prepare NAME --tokenizer {file}`, or name that with data.tokenizer"
-        )
-
-
-def _missing(datamodule: Any) -> list[str]:
-    """Return the folders of shards that are not there."""
-    return [path for path in datamodule.paths if "://" not in path and not (Path(path) / MANIFEST).exists()]
 
 
 def _weights_to_come(run: Run) -> Weights:

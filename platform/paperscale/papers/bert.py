@@ -163,6 +163,9 @@ class Bert(nn.Module):
             raise UserError(f"network.size={size}: there are {', '.join(SIZES)}{nearest(size, SIZES)}")
         given = {"layers": layers, "hidden": hidden, "heads": heads}
         of = SIZES[size]._replace(**{name: value for name, value in given.items() if value is not None})
+        for name, value in {**of._asdict(), "vocab_size": vocab_size, "positions": positions}.items():
+            if value < 1:
+                raise UserError(f"model.network.{name} must be at least 1, not {value}")
         self.size, self.vocab_size, self.hidden, self.positions = of, vocab_size, of.hidden, positions
         self.dropout, self.attention_dropout, self.causal = dropout, attention_dropout, causal
         self.embeddings = Embeddings(vocab_size, of.hidden, positions, dropout)
@@ -356,8 +359,13 @@ class BertModule(LightningModule):
         first_step: int = 0,
     ):
         super().__init__()
-        if warmup < 0:
+        if warmup < 0 or (warmup > 1 and warmup % 1):
             raise UserError(f"model.warmup={warmup}: give a number of steps, or a share of the training below 1")
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay), ("power", power)):
+            if value < 0:
+                raise UserError(f"model.{name} must be at least 0, not {value}")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise UserError(f"model.betas={list(betas)}: give two numbers from 0 to below 1, such as [0.9, 0.999]")
         self.lr, self.optimizer_name, self.betas, self.eps = lr, optimizer, betas, eps
         self.weight_decay, self.warmup, self.power = weight_decay, warmup, power
         self.total_steps, self.first_step = total_steps, first_step
@@ -411,7 +419,7 @@ class BertModule(LightningModule):
         self.check_data(self.trainer.datamodule)  # type: ignore[attr-defined]
 
     def check_data(self, data: Any) -> None:
-        """Refuse data whose tokens the network has no embeddings for.
+        """Refuse data whose tokens or places the network has no embeddings for.
 
         Args:
             data: the DataModule.
@@ -419,11 +427,18 @@ class BertModule(LightningModule):
         Raises:
             UserError: names both sizes.
         """
-        tokenizer = getattr(data, "tokenizer", None)
-        if tokenizer is not None and (size := tokenizer().vocab_size) > self.bert.vocab_size:
+        bert, longest = self.bert, getattr(data, "longest", 1)
+        if longest > bert.positions:
             raise UserError(
-                f"the tokenizer of {data.paths[0]} has {size} tokens, and model.network.vocab_size="
-                f"{self.bert.vocab_size}: set model.network.vocab_size={size}"
+                f"data.length={longest} and model.network.positions={bert.positions}: shorten data.length, or raise "
+                "model.network.positions"
+            )
+        tokenizer = data.tokenizer() if hasattr(data, "tokenizer") else None
+        if tokenizer is not None and tokenizer.vocab_size > bert.vocab_size:
+            raise UserError(
+                f"{tokenizer.name} has {tokenizer.vocab_size} tokens, and model.network.vocab_size={bert.vocab_size}: "
+                f"set model.network.vocab_size={tokenizer.vocab_size}, or for weights that are trained already use the "
+                "tokenizer that they were trained with"
             )
 
 
@@ -467,7 +482,8 @@ class BertPretraining(BertModule):
         if left_to_right != self.bert.causal:
             raise UserError(
                 f"data.objective={data.objective} and model.network.causal={self.bert.causal}: set "
-                f"model.network.causal={str(left_to_right).lower()}"
+                f"model.network.causal={str(left_to_right).lower()}, or data.objective="
+                f"{'masked' if left_to_right else 'left-to-right'}"
             )
 
     def export_config(self, format: str) -> dict[str, Any]:
@@ -621,6 +637,23 @@ class BertClassifier(BertModule):
     def with_head(self, bert: Bert, dropout: float, bilstm: bool) -> SequenceClassifier:
         """Return the encoder with the task's layer."""
         return SequenceClassifier(bert, self.classes, dropout, bilstm)
+
+    def check_data(self, data: Any) -> None:
+        """Refuse data that does not fit the network.
+
+        Args:
+            data: the DataModule.
+
+        Raises:
+            UserError: it has another number of classes.
+        """
+        super().check_data(data)
+        for shards in data.source("train").sets:
+            named = len(shards.manifest.classes)
+            if named and named != self.classes:
+                raise UserError(
+                    f"{shards.path} has {named} classes, and model.classes={self.classes}: set it to {named}"
+                )
 
     def loss(self, output_NK: Tensor, label_N: Tensor) -> Tensor:
         """Return the mean cross-entropy, or squared error."""

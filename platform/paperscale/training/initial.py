@@ -264,6 +264,10 @@ def _nothing_fits(
     Where not even half would fit under other prefixes, the names may be of a library that has no such model.
     """
     what = f"{weights.origin}: none of its {len(weights.tensors)} tensors has a name and shape of the model's"
+    same = next((name for name in shapes if name in weights.tensors), None)
+    if same is not None:
+        theirs, ours = list(weights.tensors[same].shape), list(shapes[same])
+        return f"{what} ({same} is {theirs}, the model's {ours}): make the network of the same size"
     counts: Counter[str] = Counter()
     theirs = [
         {(part := part_of(other)).name: part.whole(shapes[name]) for name, other in names.items() if name in shapes}
