@@ -266,8 +266,8 @@ def _nothing_fits(
     what = f"{weights.origin}: none of its {len(weights.tensors)} tensors has a name and shape of the model's"
     same = next((name for name in shapes if name in weights.tensors), None)
     if same is not None:
-        theirs, ours = list(weights.tensors[same].shape), list(shapes[same])
-        return f"{what} ({same} is {theirs}, the model's {ours}): make the network of the same size"
+        given = list(weights.tensors[same].shape)
+        return f"{what} ({same} is {given}, the model's {list(shapes[same])}): make the network of the same size"
     counts: Counter[str] = Counter()
     theirs = [
         {(part := part_of(other)).name: part.whole(shapes[name]) for name, other in names.items() if name in shapes}
