@@ -80,7 +80,7 @@ def write_for(class_path: str, folder: Path) -> list[str]:
     """Write a small set for a DataModule; return the words of the command line that name it."""
     kind, sizes = class_path.rpartition(".")[2], {"train": 40, "val": 8, "test": 8}
     if kind == "LabelledText":
-        return [f"data={write_text(folder, labelled, sizes, ['no', 'yes', 'maybe'])}"]
+        return [f"data={write_text(folder, labelled, sizes)}"]
     if kind == "Choices":
         return [f"data={write_text(folder, choice, sizes, '0123')}"]
     if kind in ("Questions", "TaggedWords"):

@@ -214,7 +214,7 @@ def test_sets_of_different_tokenizers_are_not_mixed(articles, tmp_path):
 
 def test_labelled_and_unlabelled_documents_are_not_mixed(articles, pairs):
     stream = TokenDocuments([str(articles), str(pairs)], 8, fields=["text"], val=None)
-    with pytest.raises(UserError, match="pairs0 have no labels, others have"):
+    with pytest.raises(UserError, match=r"pairs\d+ have no labels, others have"):
         next(iter(stream.train_dataloader()))
 
 

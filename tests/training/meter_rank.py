@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -68,6 +69,7 @@ def main(steps: int) -> None:
     trainer: Trainer = trainer_of_rank("ddp", metered(clock), max_steps=steps, log_every_n_steps=2)
     trainer.fit(Reader(clock), batches(int(os.environ["RANK"]), steps))
     print(json.dumps({name: float(value) for name, value in trainer.callback_metrics.items()}))
+    dist.destroy_process_group()  # or threads of gloo may outlive the interpreter
 
 
 if __name__ == "__main__":
