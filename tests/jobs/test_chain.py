@@ -13,7 +13,7 @@ from paperscale.errors import UserError
 from paperscale.jobs.checkpoints import promised
 from paperscale.jobs.run import Run, find_run
 
-SLOWLY = f"trainer.callbacks=[{callback('Slowly', seconds=0.3)}]"
+SLOWLY = f"trainer.callbacks=[{callback('Slowly', seconds=0.1)}]"
 
 
 def test_it_waits_and_begins_with_the_last_weights(submit_tiny, tiny_recipe: Path, runs: Path, capsys):
