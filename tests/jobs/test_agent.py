@@ -196,6 +196,7 @@ def test_a_rank_counts_as_slow_when_its_own_part_of_the_step_is_for_fifteen_seco
     assert dog.compare_ranks() == [], "it is said once"
 
 
+@pytest.mark.slow
 def test_a_drill_kills_the_rank_it_names(start):
     one = start(callback("Slowly", seconds=0.1))
     one.at_step(1)
@@ -205,6 +206,7 @@ def test_a_drill_kills_the_rank_it_names(start):
     assert not (one.run.path / ORDER).exists()
 
 
+@pytest.mark.slow
 def test_a_drill_of_a_full_disk_costs_no_checkpoint_that_was_there(start):
     """The kernel refuses the writes; the training goes on, says so, and ends in an error that tells what to do."""
     one = start(callback("Slowly", seconds=0.1))

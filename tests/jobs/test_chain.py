@@ -16,6 +16,7 @@ from paperscale.jobs.run import Run, find_run
 SLOWLY = f"trainer.callbacks=[{callback('Slowly', seconds=0.1)}]"
 
 
+@pytest.mark.slow
 def test_it_waits_and_begins_with_the_last_weights(submit_tiny, tiny_recipe: Path, runs: Path, capsys):
     first = submit_tiny("first", SLOWLY, "tracking.enabled=false", procs_per_node=1)
     words = [str(tiny_recipe), "tracking.enabled=false", "--name", "second", "--after", "first", "--init-from", "first"]

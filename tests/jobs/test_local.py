@@ -50,6 +50,7 @@ def test_a_signal_to_one_rank_is_enough_and_nothing_is_lost(submit_tiny, whole):
     )
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_others_and_the_run_goes_on(submit_tiny, whole):
     run = submit_tiny(
         "killed", "tracking.enabled=false", callbacks=(callback("SignalAt", step=13, signal="SIGKILL", rank=1),)
@@ -94,6 +95,7 @@ def test_a_plain_log_in_evaluation_is_the_mean_over_all_samples(submit_tiny):
     assert values[1] == pytest.approx(values[0])
 
 
+@pytest.mark.slow
 def test_attempts_without_progress_are_stopped(submit_tiny):
     run = submit_tiny("stuck", "tracking.enabled=false", callbacks=(callback("KillAlways"),), procs_per_node=1)
     assert ended(run) == "stopped"

@@ -156,6 +156,7 @@ def test_what_was_asked_for_is_recorded_with_the_run(submit_tiny):
     assert ended(run) == "finished"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_gets_the_script_of_this_release(submit_tiny):
     """And only what it can use: mended mistakes in the script reach runs that were submitted before."""
     run = submit_tiny("old", "tracking.enabled=false", callbacks=(callback("Slowly", seconds=0.2),))

@@ -383,6 +383,7 @@ def test_a_set_of_other_tags_is_refused_with_the_fix(tmp_path, runs, capsys):
     assert "set 'model.tags=[O,B-PER,I-PER" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_answers_are_learnt_and_are_the_same_over_two_processes(tmp_path, runs, tokenizer):
     made = [*questions(300, 3, 0.8)]
     path = recipe(
