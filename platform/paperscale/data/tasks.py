@@ -28,6 +28,7 @@ from paperscale.errors import UserError
 
 _SUBSET = 20  # key of the choice of a few samples
 _LEAST = 8
+_NO_LABEL = "it has no label: train and test on splits whose labels are public"
 
 
 class TaskStream(PackedStream):
@@ -57,7 +58,7 @@ class TaskStream(PackedStream):
         self.longest = self.length = length
         self.train_samples = train_samples
         self.subset = self.seed if subset is None else subset
-        self._chosen: dict[int, NDArray[np.int64]] = {}
+        self._chosen: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
 
     def _identity(self) -> dict[str, Any]:
         return {**super()._identity(), "length": self.length, "train_samples": self.train_samples}
@@ -93,10 +94,11 @@ class TaskStream(PackedStream):
         return self.read(shards, shard, row)
 
     def _of_subset(self, shards: ShardSet, number: int) -> tuple[int, int]:
-        ends = np.cumsum(self.whole_units(shards))
         if id(shards) not in self._chosen:
-            self._chosen[id(shards)] = permutation(int(ends[-1]), self.subset, _SUBSET)[: self.train_samples]
-        chosen = int(self._chosen[id(shards)][number])
+            ends = np.cumsum(self.whole_units(shards))
+            self._chosen[id(shards)] = ends, permutation(int(ends[-1]), self.subset, _SUBSET)[: self.train_samples]
+        ends, samples = self._chosen[id(shards)]
+        chosen = int(samples[number])
         shard = int(ends.searchsorted(chosen, side="right"))
         return shard, chosen - (int(ends[shard - 1]) if shard else 0)
 
@@ -164,7 +166,7 @@ class LabelledText(TaskStream):
         else:
             parts, label = self._tokens[shards].document(shard, row)
         if label is None:
-            raise ValueError("it has no label: train and test on splits whose labels are public")
+            raise ValueError(_NO_LABEL)
         tokens, segment = self.framed(*parts)
         return Example([tokens], [segment], {"label": label})
 
@@ -202,7 +204,7 @@ class Choices(TaskStream):
                 "use a set of choices such as swag"
             )
         if label is None:
-            raise ValueError("it has no label: train and test on splits whose labels are public")
+            raise ValueError(_NO_LABEL)
         pairs = [self.framed(context, ending) for ending in endings]
         return Example([tokens for tokens, _ in pairs], [segment for _, segment in pairs], {"label": label})
 

@@ -168,12 +168,12 @@ def submit(
     profile, turn = shape.profile(), turn or Turn()
     options = turn.options(profile)
     info = new_info(arguments.recipe.stem, name, profile, command, turn)
+    earlier = turn.waits_for(profile)
     if dry_run:
-        earlier = turn.waits_for(profile)
         say(Validator(Place.of(profile), with_data=False, earlier=earlier)(arguments).warnings)
         return render(info, profile, options)
     ENGINES[profile.engine].check(profile, info)
-    validated = Validator(Place.of(profile), earlier=turn.waits_for(profile))(arguments)
+    validated = Validator(Place.of(profile), earlier=earlier)(arguments)
     with new_run(info, validated.recipe) as run:
         run.script.write_text(render(info, profile, options, validated.data))
         earlier = turn.waits_for(profile) if profile.engine == "local" else None

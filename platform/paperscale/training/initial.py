@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from paperscale.errors import UserError
 from paperscale.nn.exchange import Names, part_of
 from paperscale.training.pieces import Piece, piece_of
-from paperscale.training.weights import Weight, Weights, open_weights, state_of, taken
+from paperscale.training.weights import Weight, Weights, aliases_of, open_weights, state_of, taken
 
 LIBRARIES = ("torchvision", "huggingface")
 """Whose names a module may know, by its ``export_names``."""
@@ -245,11 +245,9 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 
 def _other_names(model: nn.Module) -> dict[str, list[str]]:
     """Return the further names of tied weights."""
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
     others: dict[str, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if (kept := first[id(parameter)]) != name:
-            others.setdefault(kept, []).append(name)
+    for name, kept in aliases_of(model).items():
+        others.setdefault(kept, []).append(name)
     return others
 
 

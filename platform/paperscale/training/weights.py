@@ -117,13 +117,14 @@ def of_model(model: nn.Module, origin: str) -> Weights:
         model: the model.
         origin: what it is called in messages.
     """
+    return Weights(origin, {name: _held(tensor) for name, tensor in state_of(model)}, aliases_of(model))
+
+
+def aliases_of(model: nn.Module) -> dict[str, str]:
+    """Return the further names of tied weights to the names they are kept under."""
     first = {id(parameter): name for name, parameter in model.named_parameters()}
-    aliases = {
-        name: first[id(parameter)]
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if first[id(parameter)] != name
-    }
-    return Weights(origin, {name: _held(tensor) for name, tensor in state_of(model)}, aliases)
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: kept for name, parameter in named if (kept := first[id(parameter)]) != name}
 
 
 def has_averages(reader: TensorReader) -> bool:
