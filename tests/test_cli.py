@@ -63,6 +63,7 @@ def test_light_commands_do_not_import_torch():
         (["data", "prepare", "minst"], "`paperscale data prepare --list` shows what there is; did you mean 'mnist'?"),
         (["data", "info", "/nowhere"], "no shards at /nowhere: the folder does not exist"),
         (["drill", "x", "earthquake"], "invalid choice: 'earthquake'"),
+        (["checkpoint", "export", "x", "--format", "hf"], "'hf'; choose safetensors, torchvision, huggingface; see"),
     ],
 )
 def test_a_mistake_is_one_line_with_the_fix_and_exit_code_2(words, message, runs, capsys):

@@ -183,6 +183,12 @@ def test_mistakes_of_an_estimate_end_in_the_fix(words, message, runs, tiny_recip
     assert err.count("\n") == 1
 
 
+def test_a_gpu_may_be_named_without_its_memory_where_there_is_one_of_the_kind():
+    assert named("H100") is GPUS["H100-80"]
+    with pytest.raises(UserError, match=r"say of which memory, A100-40 or A100-80$"):
+        named("a100")
+
+
 @pytest.mark.parametrize(
     ("driver", "gib", "name"),
     [

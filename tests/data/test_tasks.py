@@ -98,7 +98,7 @@ def test_few_labels_leave_validation_whole(pairs):
 
 def test_more_labels_than_there_are_are_refused(pairs):
     with pytest.raises(UserError, match=r"data.train_samples=91: .* has 90 in 'train'"):
-        stream(pairs, train_samples=91).train_dataloader()
+        stream(pairs, train_samples=91).check()
 
 
 def test_choices_follow_each_other(tmp_path):

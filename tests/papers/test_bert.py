@@ -33,6 +33,7 @@ from paperscale.papers.bert import (
     PretrainingHeads,
     SequenceClassifier,
 )
+from paperscale.training.initial import read_initial
 from tiny_text import choice, labelled, write_text
 
 SMALL = {"size": "tiny", "vocab_size": 300, "layers": 2, "hidden": 32, "heads": 4}
@@ -324,6 +325,31 @@ def test_biases_and_norms_do_not_decay():
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.01, 0.0)
     assert all(p.dim() == 2 for p in decayed["params"])
     assert all(p.dim() == 1 for p in free["params"])
+
+
+def test_the_tokens_embeddings_may_learn_at_their_own_rate():
+    module = module_of(lr=1e-4, embeddings_lr=30.0)
+    module._trainer = SimpleNamespace(estimated_stepping_batches=10)  # type: ignore[assignment]
+    groups = module.configure_optimizers()["optimizer"].param_groups  # type: ignore[index,call-overload]
+    rates = {id(p): group["initial_lr"] for group in groups for p in group["params"]}
+    token = module.bert.embeddings.token.weight
+    assert rates.pop(id(token)) == pytest.approx(3e-3)
+    assert set(rates.values()) == {1e-4}
+    assert len(rates) + 1 == len(list(module.parameters()))
+
+
+def test_a_network_of_more_positions_begins_with_those_of_the_weights_again_and_again(tmp_path):
+    short, long = (BertPretraining(Bert(**SMALL, positions=positions)) for positions in (32, 80))
+    torch.save(short.state_dict(), path := tmp_path / "short.pt")
+    fits = read_initial(long, path, None)
+    learned, begun = (module.bert.embeddings.position.weight for module in (short, long))
+    assert torch.equal(begun, learned.repeat(3, 1)[:80])
+    name = "network.bert.embeddings.position.weight: [32, 32], the model has [80, 32]"
+    assert f"  repeated for the further rows: {name}" in fits.lines()
+    with pytest.raises(UserError, match="use the recipe that made it"):
+        read_initial(long, path, None, whole=True)
+    torch.save(long.state_dict(), path)
+    assert read_initial(short, path, None).other_shape, "fewer are not taken from more"
 
 
 # -- section 4: fine-tuning ----------------------------------------------------------------------------------

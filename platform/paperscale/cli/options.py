@@ -21,6 +21,9 @@ _WAIT_S = 120
 Command = Callable[[argparse.Namespace], int]
 
 
+_FEW = 8  # choices that an error names
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors suggest the nearest right name.
 
@@ -39,8 +42,10 @@ class Parser(argparse.ArgumentParser):
             hint = nearest(words[2], known)
         elif "invalid choice" in message:
             at = words.index("choice:")
-            hint = nearest(words[at + 1], [word.strip("()") for word in words[at + 2 :]])
-            hint = hint or self.on_unknown.format(words[at + 1])
+            stripped = (word.strip("()") for word in words[at + 2 :])
+            choices = [word for word in stripped if word not in ("choose", "from", "")]
+            hint = nearest(words[at + 1], choices) or self.on_unknown.format(words[at + 1])
+            hint = hint or (f"; choose {', '.join(choices)}" if len(choices) <= _FEW else "")
         raise UserError(f"{message.split(' (choose')[0]}{hint}; see `{self.prog} --help`")
 
 

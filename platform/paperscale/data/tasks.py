@@ -87,6 +87,15 @@ class TaskStream(PackedStream):
             )
         return [self.train_samples, *([0] * (len(sizes) - 1))]
 
+    def check(self) -> None:
+        """Look at every shard.
+
+        Raises:
+            UserError: as of :meth:`ShardStream.check`, or fewer samples are there than are to be trained on.
+        """
+        super().check()
+        self.units(self.shards("train"))
+
     def example(self, shards: ShardSet, shard: int, row: int, sample: int, epoch: int | None) -> Example:
         """Return a sample, where it is one of a few that of the choice."""
         if self.train_samples is not None and shards.split == self.splits["train"]:

@@ -84,6 +84,8 @@ class Embeddings(nn.Module):
         dropout: of the sum.
     """
 
+    repeated = ("position.weight",)
+
     def __init__(self, vocab_size: int, hidden: int, positions: int, dropout: float):
         super().__init__()
         self.token = nn.Embedding(vocab_size, hidden)
@@ -344,6 +346,11 @@ class BertModule(LightningModule):
         power: of the decay to 0 over the training: 1 is linear.
         total_steps: of the schedule; by default those of the training.
         first_step: where in the schedule the training begins: a second phase goes on where the first has stopped.
+        embeddings_lr: times ``lr``, with which the tokens' embeddings learn: trained ones are several times longer than
+            drawn ones, and turn as much more slowly.
+
+    Raises:
+        UserError: a value is out of its range.
     """
 
     def __init__(
@@ -357,22 +364,24 @@ class BertModule(LightningModule):
         power: float = 1.0,
         total_steps: int | None = None,
         first_step: int = 0,
+        embeddings_lr: float = 1.0,
     ):
         super().__init__()
         if warmup < 0 or (warmup > 1 and warmup % 1):
             raise UserError(f"model.warmup={warmup}: give a number of steps, or a share of the training below 1")
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay), ("power", power)):
+        least_0 = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "power": power, "embeddings_lr": embeddings_lr}
+        for name, value in least_0.items():
             if value < 0:
                 raise UserError(f"model.{name} must be at least 0, not {value}")
         if not all(0 <= beta < 1 for beta in betas):
             raise UserError(f"model.betas={list(betas)}: give two numbers from 0 to below 1, such as [0.9, 0.999]")
         self.lr, self.optimizer_name, self.betas, self.eps = lr, optimizer, betas, eps
         self.weight_decay, self.warmup, self.power = weight_decay, warmup, power
-        self.total_steps, self.first_step = total_steps, first_step
+        self.total_steps, self.first_step, self.embeddings_lr = total_steps, first_step, embeddings_lr
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimizer and its schedule (A.2): linear warm-up, then decay."""
-        groups: Any = decay_groups(self, self.weight_decay)
+        groups: Any = self._embeddings_apart(decay_groups(self, self.weight_decay))
         options: dict[str, Any] = {"lr": self.lr, "betas": tuple(self.betas), "eps": self.eps}
         if self.optimizer_name == "adamw":
             optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, **options)
@@ -384,6 +393,18 @@ class BertModule(LightningModule):
         warmup = int(self.warmup * steps) if self.warmup < 1 else int(self.warmup)
         factor = warmed_up(polynomial(steps, self.power), warmup)
         return scheduled(optimizer, lambda step: factor(step + self.first_step))  # type: ignore[return-value]
+
+    def _embeddings_apart(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return groups of parameters with those of the tokens' embeddings apart, where they have their own rate."""
+        if self.embeddings_lr == 1:
+            return groups
+        apart = {part.token.weight for part in self.modules() if isinstance(part, Embeddings)}
+        found = []
+        for group in groups:
+            for own, lr in ((True, self.embeddings_lr * self.lr), (False, self.lr)):
+                parameters = [parameter for parameter in group["params"] if (parameter in apart) == own]
+                found += [{**group, "params": parameters, "lr": lr}] if parameters else []
+        return found
 
     def export_names(self, format: str) -> dict[str, str]:
         """Return this module's names to those of another library's network, empty where there is none.

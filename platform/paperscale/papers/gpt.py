@@ -127,6 +127,8 @@ class Gpt(nn.Module):
         dropout: of embeddings, attention and outputs.
     """
 
+    repeated = ("position.weight",)
+
     def __init__(
         self, vocab_size: int, layers: int, hidden: int, heads: int, positions: int, pre_norm: bool, dropout: float
     ):

@@ -62,7 +62,7 @@ GPUS = {
 
 
 def named(name: str) -> GPU:
-    """Return the GPU of a name as in :data:`GPUS`, however it is spaced.
+    """Return the GPU of a name as in :data:`GPUS`, however it is spaced, or of a kind of which there is one memory.
 
     Raises:
         UserError: there is none; suggests the nearest.
@@ -72,6 +72,11 @@ def named(name: str) -> GPU:
         return re.sub(r"[^a-z0-9]|nvidia|gb$", "", text.lower())
 
     known = {plain(key): gpu for key, gpu in GPUS.items()}
+    alike = [key for key in GPUS if plain(key.partition("-")[0]) == plain(name)]
+    if len(alike) == 1:
+        return GPUS[alike[0]]
+    if alike:
+        raise UserError(f"--gpu {name}: say of which memory, {' or '.join(alike)}")
     if plain(name) not in known:
         raise UserError(f"--gpu {name}: known are {', '.join(GPUS)}{nearest(name, GPUS) or '; use one of these'}")
     return known[plain(name)]

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from paperscale.errors import UserError
 from paperscale.nn.exchange import Names, part_of
 from paperscale.training.pieces import Piece, piece_of
-from paperscale.training.weights import Weight, Weights, aliases_of, open_weights, state_of, taken
+from paperscale.training.weights import Weight, Weights, aliases_of, open_weights, state_of, taken, with_rows
 
 LIBRARIES = ("torchvision", "huggingface")
 """Whose names a module may know, by its ``export_names``."""
@@ -46,6 +46,7 @@ class Match:
             are not among them.
         unexpected: names of the weights that the model has not.
         other_shape: names whose shapes differ, with both; they begin as the recipe draws them.
+        repeated: names of which the model has more rows than the weights, with both shapes; see :func:`repeated_rows`.
         library: whose names the weights have, empty for the model's own.
     """
 
@@ -54,6 +55,7 @@ class Match:
     missing: list[str]
     unexpected: list[str]
     other_shape: list[str]
+    repeated: list[str]
     library: str = ""
 
     @property
@@ -74,6 +76,7 @@ class Match:
             ("missing, drawn as the recipe says", self.missing),
             ("unexpected, left out", self.unexpected),
             ("of another shape, drawn as the recipe says", self.other_shape),
+            ("repeated for the further rows", self.repeated),
         ):
             yield from (f"  {what}: {name}" for name in names[:_SHOWN])
             if len(names) > _SHOWN:
@@ -94,10 +97,10 @@ def match(model: nn.Module, weights: Weights) -> Match:
         UserError: nothing fits; names the change of names with which the most would.
     """
     shapes = {name: _shape(tensor) for name, tensor in state_of(model)}
-    others, (foreign, refused) = _other_names(model), _foreign_names(model)
-    fits = _match(shapes, others, weights)
+    others, (foreign, refused), rows = _other_names(model), _foreign_names(model), repeated_rows(model)
+    fits = _match(shapes, others, weights, rows)
     for library, names in foreign.items():
-        translated = _match(shapes, others, _translated(weights, names, library))
+        translated = _match(shapes, others, _translated(weights, names, library), rows)
         if len(translated.found) > len(fits.found):
             fits = replace(translated, library=library)
     if not fits.found:
@@ -119,7 +122,7 @@ def matched(model: nn.Module, source: Path, prefix: str | None, whole: bool = Fa
             the network is not the same, and no prefix says that a part is wanted.
     """
     fits = match(model, renamed(open_weights(source), prefix))
-    lacking = [*fits.missing, *fits.other_shape]
+    lacking = [*fits.missing, *fits.other_shape, *fits.repeated]
     if whole and lacking:
         raise UserError(f"{fits} ({lacking[0]}); use the recipe that made it")
     if fits.library and not prefix:
@@ -171,22 +174,37 @@ def _compare_config(model: Any, source: Path, library: str) -> None:
             )
 
 
-def _match(shapes: Mapping[str, tuple[int, ...]], others: Mapping[str, list[str]], weights: Weights) -> Match:
+def repeated_rows(model: nn.Module) -> set[str]:
+    """Return the names of weights whose rows are repeated where the model has more of them: those of its positions.
+
+    A network that has learned short sequences so begins on longer ones (Longformer: Beltagy et al. 2020, section 5).
+    A part of a network names them in ``repeated``.
+    """
+    parts = model.named_modules()
+    return {f"{part}.{name}" for part, module in parts for name in getattr(module, "repeated", ())}
+
+
+def _match(
+    shapes: Mapping[str, tuple[int, ...]], others: Mapping[str, list[str]], weights: Weights, rows: set[str]
+) -> Match:
     """Compare a model's names and shapes, and the further names of its tied weights, with weights."""
     found: dict[str, Weight] = {}
-    missing, other_shape = [], []
+    missing, other_shape, repeated = [], [], []
     for name, shape in shapes.items():
         weight = next(filter(None, map(weights.named, (name, *others.get(name, ())))), None)
         if weight is None:
             missing += [] if name.endswith(_COUNTER) else [name]
         elif weight.shape != shape:
-            other_shape.append(f"{name}: {list(weight.shape)}, the model has {list(shape)}")
+            may = name in rows and weight.shape[0] < shape[0] and weight.shape[1:] == shape[1:]
+            found |= {name: with_rows(weight, shape[0])} if may else {}
+            kind = repeated if may else other_shape
+            kind.append(f"{name}: {list(weight.shape)}, the model has {list(shape)}")
         else:
             found[name] = weight
     known = {*shapes, *(other for names in others.values() for other in names)}
     aliased = {kept for alias, kept in weights.aliases.items() if alias in known}
     unexpected = [name for name in weights.tensors if name not in known and name not in aliased]
-    return Match(weights.origin, found, missing, unexpected, other_shape)
+    return Match(weights.origin, found, missing, unexpected, other_shape, repeated)
 
 
 def _foreign_names(model: nn.Module) -> tuple[dict[str, Names], dict[str, str]]:

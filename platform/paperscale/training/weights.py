@@ -184,6 +184,20 @@ def taken(weight: Weight, part: Part) -> Weight:
     return replace(weight, shape=shape, read=read)
 
 
+def with_rows(weight: Weight, rows: int) -> Weight:
+    """Return a tensor with more rows: its own again and again."""
+
+    def read(start: int, stop: int) -> Tensor:
+        runs, size = [], weight.numel
+        while start < stop:
+            first = start % size
+            runs.append(weight.read(first, min(size, first + stop - start)))
+            start += len(runs[-1])
+        return torch.cat(runs)
+
+    return replace(weight, shape=(rows, *weight.shape[1:]), read=read)
+
+
 def joined(parts: Sequence[Weight], transposed: bool) -> Weight:
     """Return the other library's tensor of which these are the parts, in their order; see :func:`taken`."""
     shape = (sum(weight.shape[0] for weight in parts), *parts[0].shape[1:])
