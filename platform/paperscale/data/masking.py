@@ -144,7 +144,7 @@ def _chosen(
         place = _word_starts(tokens, place, free, vocabulary)
     turn = uniform(seed, epochs[row], samples[row], _ORDER, place)
     candidates = np.flatnonzero(free)
-    order = candidates[np.lexsort((place[candidates], turn[candidates], row[candidates]))]
+    order = candidates[np.argsort(row[candidates] + turn[candidates], kind="stable")]
     if how.whole_words:
         return _whole_words(order, row, place, wanted)
     rows = row[order]

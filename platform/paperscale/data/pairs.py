@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from paperscale.data.absent import SAMPLES, AbsentSet
 from paperscale.data.faults import SampleFault, Skipped
 from paperscale.data.masking import Masking, Vocabulary, mask
 from paperscale.data.packing import Example, PackedStream, Rows, framed
-from paperscale.data.random import uniform
+from paperscale.data.random import hash64, uniform
 from paperscale.data.shards import ShardSet
 from paperscale.data.spans import Span, Spans
 from paperscale.data.stream import Batch, Places, Source, at_least
@@ -36,6 +37,7 @@ _PAIR, _CUT = 10, 11  # what is drawn for each sample
 _SHORT, _TARGET, _SPLIT, _OTHER, _DOCUMENT, _SENTENCE, _DRAWS = range(7)
 _EVALUATION = -1  # epoch of the draws in validation and test: always the same
 _LEAST = 8
+_BITS = 64
 
 
 class SegmentPairs(PackedStream):
@@ -92,6 +94,7 @@ class SegmentPairs(PackedStream):
         self.masking.check()
         self.short_sequences, self.duplicates = short_sequences, duplicates
         self._spans: dict[int, Spans] = {}
+        self._coins = -(-self.room // _BITS)  # words of 64 bits: one for each token that a segment may lose
 
     def _identity(self) -> dict[str, Any]:
         return {**super()._identity(), "length": self.length, "next_sentence": self.next_sentence}
@@ -147,12 +150,14 @@ class SegmentPairs(PackedStream):
         if train and self.duplicates:
             epochs = epochs % self.duplicates
         samples = places.samples[rows.start : rows.stop]
-        draws = uniform(self.seed, epochs[:, None], samples[:, None], _PAIR, np.arange(_DRAWS)).tolist()
+        keys = self.seed, epochs[:, None], samples[:, None]
+        draws = uniform(*keys, _PAIR, np.arange(_DRAWS)).tolist()
+        coins = hash64(*keys, _CUT, np.arange(2 * self._coins)).tolist()
         made, skipped = [], []
         for at, (row, of, shard, inside, sample, _) in enumerate(places.of(rows)):
             shards = source.sets[of]
             try:
-                made.append((at, row, *self._pair(shards, shard, inside, draws[at], (int(epochs[at]), sample))))
+                made.append((at, row, *self._pair(shards, shard, inside, draws[at], coins[at])))
             except SampleFault as fault:
                 if self.on_fault == "fail":
                     raise
@@ -164,17 +169,16 @@ class SegmentPairs(PackedStream):
     def _mask(self, rows: Rows, made: list[tuple[Any, ...]], epochs: NDArray[np.int64], samples: Any) -> None:
         framed_ = [framed(parts, self.vocabulary.begin, self.vocabulary.end) for _, _, parts, _ in made]
         lengths = np.array([len(tokens) for tokens, _ in framed_])
-        ends = np.cumsum(lengths)[:-1]
+        ends = np.cumsum(lengths)
         tokens = np.concatenate([tokens for tokens, _ in framed_])
         if self.objective == "masked":
             at = np.array([at for at, *_ in made])
             found = mask(tokens, lengths, self.masking, self.vocabulary, self.seed, epochs[at], samples[at])
-            seen, counts = np.split(found.tokens, ends), found.counts
-            inside = found.places - np.repeat(np.cumsum(lengths) - lengths, counts)
-            cut = np.cumsum(counts)[:-1]
-            places, targets = np.split(inside, cut), np.split(found.targets, cut)
+            seen, cut = _split(found.tokens, ends), np.cumsum(found.counts)
+            inside = found.places - np.repeat(ends - lengths, found.counts)
+            places, targets = _split(inside, cut), _split(found.targets, cut)
         else:
-            seen = np.split(tokens, ends)
+            seen = _split(tokens, ends)
             places, targets = [np.arange(len(t) - 1) for t in seen], [t[1:] for t in seen]
         for (_, row, _, label), tokens_, (_, segment), place, target in zip(
             made, seen, framed_, places, targets, strict=True
@@ -182,65 +186,54 @@ class SegmentPairs(PackedStream):
             rows[row] = Example([tokens_], [segment], {"places": place, "targets": target, "label": label})
 
     def _pair(
-        self, shards: ShardSet, shard: int, number: int, draws: list[float], key: tuple[int, int]
+        self, shards: ShardSet, shard: int, number: int, draws: list[float], coins: list[int]
     ) -> tuple[list[NDArray[Any]], int]:
         """Return the segments of a sequence, and whether B does not follow A (or stands before it)."""
         span = self.spans(shards)[shard, number]
-        sentences = self._sentences(shards, shard, span)
+        chunk = self._tokens[shards].chunk(shard, span.chunk)
         target = self.room
         if draws[_SHORT] < self.short_sequences:
             target = 2 + int(draws[_TARGET] * (self.room - 1))
         if self.next_sentence == "none":
-            return [self._cut([np.concatenate(sentences)], target, key)[0]], 0
-        split = 1 + int(draws[_SPLIT] * (len(sentences) - 1)) if len(sentences) > 1 else 1
-        first, rest = sentences[:split], sentences[split:]
+            return self._cut([chunk.between(span.first, span.stop)], target, coins), 0
+        split = span.first + 1 + int(draws[_SPLIT] * max(0, span.stop - span.first - 1))
+        first, rest = chunk.between(span.first, split), chunk.between(split, span.stop)
         if self.next_sentence == "order":
-            first, rest = (first, rest) if rest else _halves(first[0])
-            pair = self._cut([np.concatenate(first), np.concatenate(rest)], target, key)
+            pair = self._cut([first, rest] if len(rest) else _halves(first), target, coins)
             swapped = draws[_OTHER] < 0.5
             return (pair[::-1] if swapped else pair), int(swapped)
-        other = draws[_OTHER] < 0.5 or not rest
+        other = draws[_OTHER] < 0.5 or not len(rest)
         if other:
-            wanted = target - sum(map(len, first))
-            rest = self._of_another_document(shards, shard, span, wanted, draws)
-        return self._cut([np.concatenate(first), np.concatenate(rest)], target, key), int(other)
-
-    def _sentences(self, shards: ShardSet, shard: int, span: Span) -> list[NDArray[Any]]:
-        chunk = self._tokens[shards].chunk(shard, span.chunk)
-        ends = chunk.sentences[span.first : span.stop].tolist()
-        start = int(chunk.sentences[span.first - 1]) if span.first else 0
-        return [chunk.tokens[a:b] for a, b in zip([start, *ends[:-1]], ends, strict=True)]
+            rest = self._of_another_document(shards, shard, span, target - len(first), draws)
+        return self._cut([first, rest], target, coins), int(other)
 
     def _of_another_document(
         self, shards: ShardSet, shard: int, span: Span, wanted: int, draws: list[float]
-    ) -> list[NDArray[Any]]:
+    ) -> NDArray[Any]:
         """Return sentences from a random one on, of a random other document of the shard."""
         tokens = self._tokens[shards]
         starts = tokens.chunk_starts(shard, "documents")
         own = starts[span.chunk] + span.document
         number = int(draws[_DOCUMENT] * (starts[-1] - 1))
-        sentences: list[NDArray[Any]] = []
         for step in range(starts[-1] - 1):  # an empty document is passed over
             candidate = (number + step) % (starts[-1] - 1)
-            sentences, _ = tokens.document(shard, candidate + (candidate >= own))
-            if sentences:
+            chunk, first, stop = tokens.sentences_of(shard, candidate + (candidate >= own))
+            if first < stop:
                 break
-        first = int(draws[_SENTENCE] * len(sentences))
-        found, size = [], 0
-        for sentence in sentences[first:]:
-            found.append(sentence)
-            size += len(sentence)
-            if size >= wanted:
-                break
-        return found
+        first += int(draws[_SENTENCE] * (stop - first))
+        return chunk.between(first, min(stop, chunk.sentence_with(first, wanted) + 1))
 
-    def _cut(self, parts: list[NDArray[Any]], target: int, key: tuple[int, int]) -> list[NDArray[Any]]:
-        """Cut segments to ``target`` tokens together: always of the longer one, at its beginning or its end."""
+    def _cut(self, parts: list[NDArray[Any]], target: int, coins: list[int]) -> list[NDArray[Any]]:
+        """Cut segments to ``target`` tokens together: always of the longer one, at its beginning or its end.
+
+        A coin is thrown for each token that is cut off. Of a segment that loses more than there are coins, the rest
+        goes in equal shares.
+        """
         removed = _removed([len(part) for part in parts], target)
         for number, count in enumerate(removed):
             if count:
-                draws = uniform(self.seed, *key, _CUT, number, np.arange(count))
-                front = int((draws < 0.5).sum())
+                thrown = min(count, _BITS * self._coins)
+                front = _heads(coins[number * self._coins :], thrown) + (count - thrown) // 2
                 parts[number] = parts[number][front : len(parts[number]) - (count - front)]
         return parts
 
@@ -288,10 +281,22 @@ def _removed(lengths: list[int], target: int) -> list[int]:
     return shares
 
 
-def _halves(sentence: NDArray[Any]) -> tuple[list[NDArray[Any]], list[NDArray[Any]]]:
+def _halves(sentence: NDArray[Any]) -> list[NDArray[Any]]:
     """Return a single sentence as two parts: its order can still be told."""
     middle = (len(sentence) + 1) // 2
-    return [sentence[:middle]], [sentence[middle:]]
+    return [sentence[:middle], sentence[middle:]]
+
+
+def _heads(words: Sequence[int], count: int) -> int:
+    """Return how many of the first ``count`` bits of words of 64 are set."""
+    whole, rest = divmod(count, _BITS)
+    last = (words[whole] & ((1 << rest) - 1)).bit_count() if rest else 0
+    return sum(word.bit_count() for word in words[:whole]) + last
+
+
+def _split(values: NDArray[Any], ends: NDArray[np.int64]) -> list[NDArray[Any]]:
+    """Return the parts of an array that end there."""
+    return [values[start:end] for start, end in pairwise([0, *ends.tolist()])]
 
 
 def _choose(name: str, value: str, choices: Sequence[str]) -> None:

@@ -53,6 +53,17 @@ class Chunk(NamedTuple):
     sentences: NDArray[np.uint32]
     labels: NDArray[np.int32] | None
 
+    def between(self, first: int, stop: int) -> NDArray[Any]:
+        """Return the tokens of the sentences from ``first`` to ``stop``."""
+        return self.tokens[self._end(first - 1) : self._end(stop - 1)]
+
+    def sentence_with(self, first: int, tokens: int) -> int:
+        """Return the sentence in which, from sentence ``first`` on, there are so many tokens."""
+        return max(first, int(self.sentences.searchsorted(self._end(first - 1) + tokens)))
+
+    def _end(self, sentence: int) -> int:
+        return int(self.sentences[sentence]) if sentence >= 0 else 0
+
 
 # -- writing -------------------------------------------------------------------------------------------------
 
@@ -234,6 +245,13 @@ class TokenSet:
             taken = min(starts[row + 1] - start, size)
             yield self.chunk(shard, row), start - starts[row], taken
             start, size = start + taken, size - taken
+
+    def sentences_of(self, shard: int, row: int) -> tuple[Chunk, int, int]:
+        """Return where a document's sentences are: their chunk, the first one there, and the one after the last."""
+        starts = self.chunk_starts(shard, "documents")
+        at = bisect_right(starts, row) - 1
+        chunk, inside = self.chunk(shard, at), row - starts[at]
+        return chunk, int(chunk.documents[inside - 1, 1]) if inside else 0, int(chunk.documents[inside, 1])
 
     def document(self, shard: int, row: int) -> tuple[list[NDArray[Any]], int | None]:
         """Return the sentences of a document, and its label."""

@@ -189,7 +189,9 @@ def _match(
 ) -> Match:
     """Compare a model's names and shapes, and the further names of its tied weights, with weights."""
     found: dict[str, Weight] = {}
-    missing, other_shape, repeated = [], [], []
+    missing: list[str] = []
+    other_shape: list[str] = []
+    repeated: list[str] = []
     for name, shape in shapes.items():
         weight = next(filter(None, map(weights.named, (name, *others.get(name, ())))), None)
         if weight is None:
