@@ -53,6 +53,15 @@ class PackedStream(TokenStream):
     """Tokens of a sequence at most."""
     sequences_of_sample = 1
     """Sequences of a sample, for estimates."""
+    threads_share_batches = False
+
+    def default_threads(self) -> int:
+        """Return no threads where the training itself is on the CPU.
+
+        Examples are made in Python: a thread that makes them meanwhile holds the interpreter's lock and a core, and
+        the training waits longer for these than the making takes.
+        """
+        return super().default_threads() if torch.accelerator.is_available() else 0
 
     def example(self, shards: ShardSet, shard: int, row: int, sample: int, epoch: int | None) -> Example:
         """Return a sample; the arguments are those of :meth:`ShardStream.fill`."""

@@ -75,13 +75,17 @@ class ShardStream(LightningDataModule):
         window: samples shuffled together.
         weights: with several sets: the share of each in every batch, exact; each set then has epochs of its own.
         epoch_samples: with ``weights``: samples of an epoch; by default those of all sets together.
-        num_threads: threads that read and decode; 0 reads in the training thread; by default one for each core.
+        num_threads: threads that read and decode; 0 reads in the training thread; by default one for each core, or none
+            for packed text where there is no GPU.
         num_processes: worker processes that do it instead, for transforms in plain Python.
         on_fault: what a damaged sample does: ``fail`` ends the run, ``skip`` goes on without it.
         max_skipped: with ``skip``: samples that may be skipped before the run ends.
         batch_ramp: smaller global batches at the beginning: pairs of a batch size and the number of samples that it is
             for, after which ``global_batch_size`` holds. The number of forward passes of a step stays the same.
     """
+
+    threads_share_batches = True
+    """Whether several threads fill a batch; where the work is Python's, one does it faster."""
 
     def __init__(
         self,
@@ -119,12 +123,16 @@ class ShardStream(LightningDataModule):
         self.splits = {"train": train, "val": val, "test": test}
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.window, self.weights, self.epoch_samples = window, weights, epoch_samples
-        self.workers = Workers(min(cores(), _MOST_THREADS) if num_threads is None else num_threads, num_processes)
+        self.workers = Workers(self.default_threads() if num_threads is None else num_threads, num_processes)
         self.on_fault = on_fault
         self.consumed = 0
         self.faults, self.eval_faults = FaultLog(max_skipped), FaultLog(max_skipped)
         self._sets: dict[tuple[str, str], ShardSet] = {}
         self._total_steps: dict[int, int | None] = {}
+
+    def default_threads(self) -> int:
+        """Return the threads that read and decode where ``num_threads`` is not given: one for each core."""
+        return min(cores(), _MOST_THREADS)
 
     def allocate(self, count: int, train: bool) -> Batch:
         """Return tensors for a batch of ``count`` samples, to be filled; the first dimension is the sample."""
@@ -529,7 +537,8 @@ class _Filling:
         with torch.inference_mode(False):  # threads could not write to a tensor of an evaluation loop's inference mode
             self.batch = stream.allocate_for(source, places, train)
         self.skipped: list[Skipped] = []
-        size = max(_PART, -(-len(places) // max(1, stream.workers.threads)))
+        share = -(-len(places) // max(1, stream.workers.threads)) if stream.threads_share_batches else len(places)
+        size = max(_PART, share)
         self.parts: list[Callable[[], None]] = [
             partial(self._fill, stream, source, range(start, min(start + size, len(places))), train)
             for start in range(0, len(places), size)
