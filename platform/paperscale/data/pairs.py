@@ -129,6 +129,10 @@ class SegmentPairs(PackedStream):
             )
         return self.spans(shards).sizes
 
+    def place_of(self, shards: ShardSet, shard: int, unit: int) -> tuple[int, int]:
+        """Return the chunk that holds a span."""
+        return shard, self.spans(shards).chunk_with(shard, unit)
+
     def stand_in(self, path: str, split: str, channels: int) -> ShardSet:
         """Return what stands for a missing set."""
         return AbsentSet(path, split, ("tokens.npy",), lengths={"tokens": SAMPLES * self.length})

@@ -82,6 +82,10 @@ class RawTextStream(TaskStream):
             )
         return shards.sizes
 
+    def row_of(self, shards: ShardSet, shard: int, sample: int) -> int:
+        """Return the row of a shard that holds a sample: each has one."""
+        return sample
+
     made_by: str
     """What makes such a set, for messages."""
 

@@ -66,6 +66,10 @@ class Spans:
         """Return the spans of each shard."""
         return [starts[-1] for starts in self._starts]
 
+    def chunk_with(self, shard: int, number: int) -> int:
+        """Return the chunk that holds a span."""
+        return bisect_right(self._starts[shard], number) - 1
+
     def __getitem__(self, place: tuple[int, int]) -> Span:
         """Return span number ``place[1]`` of shard ``place[0]``.
 
@@ -73,8 +77,8 @@ class Spans:
             SampleFault: its chunk cannot be read or is damaged.
         """
         shard, number = place
+        row = self.chunk_with(shard, number)
         starts = self._starts[shard]
-        row = bisect_right(starts, number) - 1
         firsts, documents = self._spans(shard, row)
         inside = number - starts[row]
         return Span(row, int(documents[inside]), int(firsts[inside]), int(firsts[inside + 1]))

@@ -169,6 +169,10 @@ class ShardStream(LightningDataModule):
         """Return how many samples each shard holds, where a sample is not a WebDataset sample."""
         return shards.sizes
 
+    def place_of(self, shards: ShardSet, shard: int, unit: int) -> tuple[int, int]:
+        """Return the shard, and the row in it, that is read for a sample: its own, where a row is a sample."""
+        return shard, unit
+
     def name_of(self, shards: ShardSet, shard: int, row_in_shard: int) -> str:
         """Return what to call a sample in a message: its key."""
         return shards.key(shard, row_in_shard)
@@ -597,7 +601,8 @@ class _Pieces:
         places = Places(self.source, *self.order.take(piece.epoch, piece.start, piece.stop))
         for number, shards in enumerate(self.source.sets):
             here = places.sets == number
-            shards.prefetch(zip(places.shards[here].tolist(), places.rows[here].tolist(), strict=True))
+            units = zip(places.shards[here].tolist(), places.rows[here].tolist(), strict=True)
+            shards.prefetch(self.stream.place_of(shards, shard, unit) for shard, unit in units)
 
 
 class _Training(_Filling):

@@ -111,6 +111,16 @@ class TaskStream(PackedStream):
         shard = int(ends.searchsorted(chosen, side="right"))
         return shard, chosen - (int(ends[shard - 1]) if shard else 0)
 
+    def place_of(self, shards: ShardSet, shard: int, unit: int) -> tuple[int, int]:
+        """Return the row that is read for a sample, where it is one of a few that of the choice."""
+        if self.train_samples is not None and shards.split == self.splits["train"]:
+            shard, unit = self._of_subset(shards, unit)
+        return shard, self.row_of(shards, shard, unit)
+
+    def row_of(self, shards: ShardSet, shard: int, sample: int) -> int:
+        """Return the row of a shard that holds a sample: the chunk of its document."""
+        return self._tokens[shards].chunk_with(shard, "documents", sample)
+
     def read(self, shards: ShardSet, shard: int, row: int) -> Example:
         """Return a sample of a shard.
 
@@ -158,6 +168,10 @@ class LabelledText(TaskStream):
     def whole_units(self, shards: ShardSet) -> Sequence[int]:
         """Return the samples of each shard of a set."""
         return shards.sizes if self._has_scores(shards) else super().whole_units(shards)
+
+    def row_of(self, shards: ShardSet, shard: int, sample: int) -> int:
+        """Return the row of a shard that holds a sample."""
+        return sample if self._has_scores(shards) else super().row_of(shards, shard, sample)
 
     def _has_scores(self, shards: ShardSet) -> bool:
         return "json" in shards.fields()

@@ -143,6 +143,11 @@ class TokenBlocks(TokenStream):
             )
         return np.diff(np.minimum(-(-starts // self.length), blocks)).tolist()
 
+    def place_of(self, shards: ShardSet, shard: int, unit: int) -> tuple[int, int]:
+        """Return the chunk in which a block begins."""
+        tokens = self._tokens[shards]
+        return shard, tokens.chunk_with(shard, "tokens", tokens.block_starts(self.length)[shard] + unit * self.length)
+
     def stand_in(self, path: str, split: str, channels: int) -> ShardSet:
         """Return what stands for a missing set."""
         return AbsentSet(path, split, ("tokens.npy",), lengths={"tokens": SAMPLES * self.length})
@@ -255,6 +260,10 @@ class TokenDocuments(TokenStream):
     def units(self, shards: ShardSet) -> Sequence[int]:
         """Return the documents of each shard."""
         return self._tokens[shards].sizes("documents")
+
+    def place_of(self, shards: ShardSet, shard: int, unit: int) -> tuple[int, int]:
+        """Return the chunk that holds a document."""
+        return shard, self._tokens[shards].chunk_with(shard, "documents", unit)
 
     def batches(self, source: Source, order: Order) -> tuple[Order, Batches]:
         """Return the global batches: of a fixed size, or by tokens."""

@@ -175,6 +175,11 @@ class TokenSet:
             found = self._chunk_starts[shard, length] = [0, *np.cumsum(counts, dtype=np.int64).tolist()]
         return found
 
+    def chunk_with(self, shard: int, length: str, number: int) -> int:
+        """Return the chunk of a shard that holds a token, document or sentence; the last one for what lies behind."""
+        starts = self.chunk_starts(shard, length)
+        return min(bisect_right(starts, number) - 1, len(starts) - 2)
+
     def block_starts(self, length: int) -> list[int]:
         """Return where, in each shard, its first block begins, if the split is cut into blocks of ``length`` tokens."""
         found = self._block_starts.get(length)
@@ -248,9 +253,8 @@ class TokenSet:
 
     def sentences_of(self, shard: int, row: int) -> tuple[Chunk, int, int]:
         """Return where a document's sentences are: their chunk, the first one there, and the one after the last."""
-        starts = self.chunk_starts(shard, "documents")
-        at = bisect_right(starts, row) - 1
-        chunk, inside = self.chunk(shard, at), row - starts[at]
+        at = self.chunk_with(shard, "documents", row)
+        chunk, inside = self.chunk(shard, at), row - self.chunk_starts(shard, "documents")[at]
         return chunk, int(chunk.documents[inside - 1, 1]) if inside else 0, int(chunk.documents[inside, 1])
 
     def document(self, shard: int, row: int) -> tuple[list[NDArray[Any]], int | None]:
