@@ -88,7 +88,7 @@ def text(folder: Path, path: Path, data: dict[str, Any]) -> list[str]:
     words = [f"model.network.{key}={value}" for key, value in small.items()]
     assert network["class_path"].startswith("paperscale.papers.")
     length = 200 if data["class_path"].endswith(("Questions", "TaggedWords")) else 64
-    length = min(length, network["init_args"].get("positions", length))
+    length = min(length, network.get("init_args", {}).get("positions", length))
     words += [*write_for(data["class_path"], folder / "text"), f"data.length={length}"]
     words += ["trainer.val_check_interval=null", "trainer.check_val_every_n_epoch=1"]
     return [*words, "data.global_batch_size=8", "data.micro_batch_size=null", "trainer.precision=32-true"]
