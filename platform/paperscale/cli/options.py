@@ -18,10 +18,8 @@ if TYPE_CHECKING:
     from paperscale.jobs.run import Run
 
 _WAIT_S = 120
-Command = Callable[[argparse.Namespace], int]
-
-
 _FEW = 8  # choices that an error names
+Command = Callable[[argparse.Namespace], int]
 
 
 class Parser(argparse.ArgumentParser):

@@ -253,15 +253,17 @@ class TokenSet:
 
     def sentences_of(self, shard: int, row: int) -> tuple[Chunk, int, int]:
         """Return where a document's sentences are: their chunk, the first one there, and the one after the last."""
-        at = self.chunk_with(shard, "documents", row)
-        chunk, inside = self.chunk(shard, at), row - self.chunk_starts(shard, "documents")[at]
+        chunk, inside = self._located(shard, row)
         return chunk, int(chunk.documents[inside - 1, 1]) if inside else 0, int(chunk.documents[inside, 1])
+
+    def _located(self, shard: int, row: int) -> tuple[Chunk, int]:
+        """Return the chunk that holds a document, and the document's number in it."""
+        at = self.chunk_with(shard, "documents", row)
+        return self.chunk(shard, at), row - self.chunk_starts(shard, "documents")[at]
 
     def document(self, shard: int, row: int) -> tuple[list[NDArray[Any]], int | None]:
         """Return the sentences of a document, and its label."""
-        starts = self.chunk_starts(shard, "documents")
-        at = bisect_right(starts, row) - 1
-        chunk, inside = self.chunk(shard, at), row - starts[at]
+        chunk, inside = self._located(shard, row)
         token, first = chunk.documents[inside - 1].tolist() if inside else (0, 0)
         sentences = []
         for end in chunk.sentences[first : chunk.documents[inside, 1]].tolist():
