@@ -378,6 +378,19 @@ def test_partitions_that_cancel_what_they_preempt_are_warned_of():
     assert levels(scheduler.judge_partitions(bad, {}))["SLURM preemption"] == "OK"
 
 
+@pytest.mark.skipif(shutil.which("sinfo") is None, reason="needs SLURM's commands")
+@pytest.mark.parametrize(("words", "level"), [((), "WARN"), (("--cluster", "slurm"), "FAIL")])
+def test_slurm_without_a_configuration_is_a_failure_only_where_it_is_wanted(
+    words, level, monkeypatch, capsys, tmp_path
+):
+    (tmp_path / "slurm.conf").write_text("\n")
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+    _, found = doctor(capsys, "--quick", *words)
+    assert found["SLURM"]["level"] == level
+    assert found["SLURM"]["found"].startswith("the commands do not work here (sinfo: error")
+    assert "slurm.conf" in found["SLURM"]["fix"]
+
+
 @pytest.mark.slurm
 def test_a_cluster_that_works_is_found_well(capsys):
     _, found = doctor(capsys, "--quick", "--cluster", "slurm-dev")

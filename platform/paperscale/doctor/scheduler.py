@@ -43,7 +43,14 @@ def _installed(missing: list[str], wanted: bool) -> Iterator[Finding]:
         found = f"not on PATH: {', '.join(missing)}"
         yield Finding(bad, "SLURM commands", found, "add SLURM's folder to PATH, or run this on a login node")
         return
-    yield _version()
+    text = answer("sinfo", "--version") or ""
+    version = re.match(r"slurm\D*(\d+)\.(\d+)", text)
+    if version is None:  # without a configuration the commands do not say even this
+        found = f"the commands do not work here ({(text.splitlines() or ['no answer'])[0]})"
+        fix = "give SLURM_CONF the path of the cluster's slurm.conf, or run this on a login node"
+        yield Finding(bad, "SLURM", found, fix)
+        return
+    yield _judge_version(text, (int(version[1]), int(version[2])))
     ping = answer("scontrol", "ping")
     if ping is None or " is UP" not in ping:
         said = (ping or "").replace("\n", "; ") or f"nothing for {_LIMIT_S:.0f} s"
@@ -68,12 +75,9 @@ def answer(*command: str) -> str | None:
     return result.stdout.strip() or result.stderr.strip()
 
 
-def _version() -> Finding:
-    text = answer("sinfo", "--version") or ""
-    match = re.search(r"(\d+)\.(\d+)", text)
-    version = (int(match[1]), int(match[2])) if match else (0, 0)
+def _judge_version(text: str, version: tuple[int, int]) -> Finding:
     if version < _GPUS_PER_NODE:
-        return Finding("FAIL", "SLURM version", text or "unknown", "Paperscale's scripts need SLURM 19.05 or later")
+        return Finding("FAIL", "SLURM version", text, "Paperscale's scripts need SLURM 19.05 or later")
     if version < _TRIED:
         tried = ".".join(f"{part:02d}" for part in _TRIED)
         fix = f"nothing, unless a script is refused: Paperscale is tried with {tried} and later"
